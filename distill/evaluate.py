@@ -1,0 +1,208 @@
+"""How right a model is: from judged samples to `eval.json` and back, and bits per byte on given conversations.
+
+The question is the unit of every mean and error; samples of one question are averaged first. A truncated sample gave
+no answer, whatever stands in it. Sampling and verifying are the teachers' room's work; nothing is drawn here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.errors import UserError
+from distill.progress import Meter
+from distill.records import Message, Trace, content_hash
+from distill.statistics import accuracy_interval, mean_and_stderr, pass_at_k
+
+TOLERANCE = 1e-3  # how far `pass@1` of eval.json may be from the samples: rounding, not another scoring
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation folder, checked to be whole.
+
+    `samples` maps each question's uid, in file order, to its K samples in order of `sample_index`.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]  # eval.json
+    samples: Mapping[str, tuple[Trace, ...]]
+
+    @property
+    def traces(self) -> list[Trace]:
+        """All samples, question by question."""
+        return [trace for group in self.samples.values() for trace in group]
+
+
+def sample_score(trace: Trace) -> float:
+    """Return what a sample counts for: its verdict's score, and 0 where it was cut, failed or could not be judged."""
+    return 0.0 if trace.finish_reason in ("length", "error") or trace.score is None else float(trace.score)
+
+
+def gave_answer(trace: Trace) -> bool:
+    """Return whether a sample answered at all: it ended by itself and the verifier could read an answer."""
+    return trace.finish_reason not in ("length", "error") and trace.predicted not in (None, "")
+
+
+def load_evaluation(folder: Path) -> Evaluation:
+    """Read `eval.json` and `samples.jsonl` of one folder.
+
+    Raises:
+        UserError: a file is missing or unreadable, samples are missing or doubled, or the two files disagree.
+    """
+    summary_path, samples_path = folder / "eval.json", folder / "samples.jsonl"
+    for path in (summary_path, samples_path):
+        if not path.is_file():
+            raise UserError(f"{folder} is no evaluation: {path.name} is missing; make it with `distill eval --out`")
+    try:
+        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        questions, per_question = int(summary["questions"]), int(summary["samples_per_question"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{summary_path} is unreadable ({error!r}); evaluate again") from error
+
+    groups: dict[str, list[Trace]] = {}
+    with samples_path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                trace = Trace.from_json(json.loads(line))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(f"{samples_path}:{number} is no sample ({error!r}); evaluate again") from error
+            groups.setdefault(trace.prompt_uid, []).append(trace)
+    found = sum(map(len, groups.values()))
+    if found != questions * per_question or questions < 1:
+        raise UserError(
+            f"{samples_path} holds {found} samples, eval.json promises {questions} questions x {per_question} samples "
+            f"= {questions * per_question}; run the evaluation again, it resumes"
+        )
+    samples = {uid: tuple(sorted(group, key=lambda t: t.sample_index)) for uid, group in groups.items()}
+    for uid, group in samples.items():
+        if len({t.sample_index for t in group}) != per_question or len(group) != per_question:
+            given = sorted(t.sample_index for t in group)
+            raise UserError(
+                f"{samples_path}: question {uid} has samples {given}, not {per_question} different ones "
+                "(the same question twice in --prompts?)"
+            )
+    evaluation = Evaluation(folder, summary, samples)
+    claimed, counted = summary.get("pass@1"), float(np.mean([sample_score(t) for t in evaluation.traces]))
+    if claimed is not None and abs(float(claimed) - counted) > TOLERANCE:
+        raise UserError(f"{folder}: eval.json says pass@1 {claimed:.4f}, its samples say {counted:.4f}; evaluate again")
+    return evaluation
+
+
+def summarise(samples: Iterable[Trace], *, samples_per_question: int) -> dict[str, Any]:
+    """Return the scores of an evaluation as they stand in `eval.json`.
+
+    Args:
+        samples: every sample of every question, judged, in any order.
+        samples_per_question: K; each question must have exactly K.
+
+    Raises:
+        ValueError: no question, or one with more or fewer than K samples.
+    """
+    groups: dict[str, list[Trace]] = {}
+    for trace in samples:
+        groups.setdefault(trace.prompt_uid, []).append(trace)
+    if not groups or any(len(group) != samples_per_question for group in groups.values()):
+        raise ValueError(f"every question needs {samples_per_question} samples")
+    scores = {uid: [sample_score(trace) for trace in group] for uid, group in groups.items()}
+    per_question = [math.fsum(values) / samples_per_question for values in scores.values()]
+    accuracy, stderr = mean_and_stderr(per_question)
+    right = [sum(value == 1.0 for value in values) for values in scores.values()]
+    everything = [trace for group in groups.values() for trace in group]
+    return {
+        "pass@1": accuracy,
+        "pass@k": _mean(pass_at_k(samples_per_question, c, samples_per_question) for c in right),
+        "maj@k": _mean(majority_score(group) for group in groups.values()),
+        "stderr": stderr,
+        "ci95": list(accuracy_interval(per_question, samples_per_question=samples_per_question)),
+        "truncated": _mean(trace.finish_reason == "length" for trace in everything),
+        "no_answer": _mean(not gave_answer(trace) for trace in everything),
+        "mean_completion_tokens": _mean(trace.num_completion_tokens for trace in everything),
+        "questions": len(groups),
+        "samples_per_question": samples_per_question,
+        "prompts_hash": content_hash(sorted(groups)),
+    }
+
+
+def majority_score(group: Sequence[Trace]) -> float:
+    """Return the chance that a majority vote over one question's samples is right; ties are drawn by lot.
+
+    All answers the verifier found equal to the gold are one class, since they equal each other; wrong answers are
+    classed by their text. A sample without an answer does not vote.
+    """
+    votes = Counter(True if sample_score(t) == 1.0 else t.predicted for t in group if gave_answer(t))
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    winners = [answer for answer, count in votes.items() if count == most]
+    return (True in winners) / len(winners)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = [float(value) for value in values]
+    return math.fsum(listed) / len(listed)
+
+
+def bits_per_byte(
+    model: Any, tokenizer: Any, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8
+) -> dict[str, float]:
+    """Return how many bits the model needs per UTF-8 byte of the assistant's last turns, their end token included.
+
+    Comparable between models of any tokenizer, since bytes are counted and not tokens; it moves where accuracy is
+    still at its floor. The end token's bits are charged to the text's bytes.
+
+    Args:
+        conversations: message lists ending in an assistant turn, each within the model's context.
+
+    Returns:
+        `bits_per_byte`, and the `bytes`, `tokens` and `conversations` it was measured on.
+
+    Raises:
+        UserError: a conversation cannot be rendered.
+        ValueError: none given.
+    """
+    import torch
+
+    from distill.batch import Batch, collate
+    from distill.forward import read_head, run
+    from distill.losses import hard_labels
+    from distill.render import render
+
+    if not conversations:
+        raise ValueError("bits per byte needs at least one conversation")
+    examples = [render(tokenizer, messages) for messages in conversations]
+    num_bytes = sum(len(messages[-1]["content"].encode("utf-8", "surrogatepass")) for messages in conversations)
+    head = read_head(model, "the model")
+    nats = tokens = 0.0
+    with torch.inference_mode(), Meter("bits per byte", len(examples)) as meter:
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
+            tensors = collate(part, pad_id=tokenizer.pad_token_id).tensors()
+            batch = Batch(**{name: tensor.to(model.device) for name, tensor in tensors.items()})
+            output = hard_labels(run(model, head, batch.input_ids, batch.attention_mask), None, batch)
+            nats += float(output.total)
+            tokens += float(output.weight)
+            for _ in part:
+                meter.advance()
+    return {
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "bytes": num_bytes,
+        "tokens": tokens,
+        "conversations": len(examples),
+    }
+
+
+def strata(samples: Iterable[Trace], key: str) -> Mapping[str, float]:
+    """Return the accuracy within each value of `meta[key]`, such as the level of a problem."""
+    groups: dict[str, list[float]] = {}
+    for trace in samples:
+        if key in trace.meta:
+            groups.setdefault(str(trace.meta[key]), []).append(sample_score(trace))
+    return {value: _mean(scores) for value, scores in sorted(groups.items())}

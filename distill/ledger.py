@@ -1,0 +1,47 @@
+"""What every stage cost: FLOPs, seconds and tokens, added up per stage and stored in manifests and `run.json`.
+
+FLOPs are *model* FLOPs from the architecture (2 per multiply-add), attention included, recomputation not: the same
+formula on every machine, so that arms can be matched by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Running totals of one stage. `flops` may be 0.0 where nothing was computed, never where it is unknown."""
+
+    flops: float = 0.0
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return asdict(self)
+
+
+def forward_flops(config: Any, num_tokens: float, mean_context: float) -> float:
+    """Return the FLOPs of one forward pass over `num_tokens` tokens of a Llama-style decoder.
+
+    Per token: 2 per weight of every matrix product (attention projections, gated MLP, lm_head) plus
+    ``4 * layers * heads * head_dim * mean_context`` for scores and values, where `mean_context` is the average number
+    of positions a token attends to. A backward pass costs twice a forward pass.
+
+    Args:
+        config: a transformers config of a Llama/Qwen-style model.
+        num_tokens: tokens passed through the model, prompt included.
+        mean_context: positions; half the sequence length for one causal sequence.
+    """
+    width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    projections = width * head_dim * (2 * heads + 2 * kv_heads)
+    # A mixture of experts computes only the experts a token is sent to; a config without a gated MLP has two matrices.
+    experts = getattr(config, "num_experts_per_tok", None)
+    inner = experts * config.moe_intermediate_size if experts else getattr(config, "intermediate_size", None)
+    mlp = 3 * width * inner if inner else 2 * width * (getattr(config, "n_inner", None) or 4 * width)
+    weights = layers * (projections + mlp) + width * config.vocab_size
+    return num_tokens * (2.0 * weights + 4.0 * layers * heads * head_dim * mean_context)

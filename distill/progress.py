@@ -1,0 +1,75 @@
+"""Progress people like to watch: a live bar on a terminal, a plain line every few seconds otherwise. On stderr.
+
+Results go to stdout, so that `--json` stays parseable.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 10.0
+
+
+def console() -> Console:
+    """Return a console on the current stderr (looked up at each call: tests and notebooks swap it)."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """Print one line for the user on stderr; markup in model or file names stays text."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Meter:
+    """Counts finished items out of a total and shows rates beside them; use as a context manager."""
+
+    def __init__(self, title: str, total: int, *, done: int = 0) -> None:
+        self.title, self.total, self.done, self.note = title, total, done, ""
+        self.began = self.last_line = time.monotonic()
+        self.first = done
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> Meter:
+        if sys.stderr.isatty():
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console(),
+                transient=True,
+            )
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
+            self.bar.start()
+        return self
+
+    def advance(self, note: str = "") -> None:
+        """One more item is finished; `note` is what to show beside the bar."""
+        self.done += 1
+        self.note = note
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, note=note)
+        elif time.monotonic() - self.last_line >= LINE_SECONDS:
+            self.line()
+
+    def line(self) -> None:
+        """Print the plain line now."""
+        self.last_line = time.monotonic()
+        rate = (self.done - self.first) / max(self.last_line - self.began, 1e-9)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 else ""
+        say(f"{self.title}: {self.done}/{self.total}, {rate:.1f}/s{left}{', ' + self.note if self.note else ''}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+        elif self.done > self.first:
+            self.line()

@@ -1,0 +1,177 @@
+"""One conversation as the token ids a model is trained on, for any chat template.
+
+The prompt is rendered with its generation prompt, exactly as an engine renders it before sampling; the trained part is
+the last assistant turn's own text plus the end-of-turn token. The template never sees the trained text, because many
+templates rewrite past turns (R1 and Qwen3 drop `<think>...</think>`), and the reasoning would silently go untrained.
+
+Only the last assistant turn is trained. Nothing is truncated here, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from distill.errors import UserError
+from distill.records import Message
+
+SENTINEL = "distill-sentinel-4c1f"
+OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")  # reasoning that a generation prompt opens (or opens and closes)
+CLOSE = "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence: `input_ids` (T,) int32, and `weights` (T,) float32 of predicting each token, 0 on the prompt."""
+
+    input_ids: np.ndarray
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, str]:
+    """Return the text an engine completes, and `prefill`, the assistant's text that the template already opened.
+
+    A completion's full text is ``prefill + generated``. `prefill` is a suffix of the prompt text, usually empty, and
+    ``"<think>\\n"`` for templates that force reasoning.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or its template refuses these messages.
+    """
+    text = _apply(tokenizer, messages, add_generation_prompt=True)
+    opened = OPENED.search(text)
+    return text, opened.group() if opened else ""
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, stop_ids: Collection[int] | None = None) -> Example:
+    """Tokenise a conversation that ends in an assistant turn; that turn and its end token have weight 1.
+
+    Args:
+        stop_ids: token ids that end generation; default: the tokenizer's eos. When the template closes a turn with
+            none of them, eos is appended, so that the model learns to stop.
+
+    Raises:
+        UserError: no assistant turn at the end, no chat template, or a tokenizer without eos.
+    """
+    if not messages or messages[-1].get("role") != "assistant":
+        raise UserError("messages must end with the assistant turn to train on")
+    prompt, prefill = render_prompt(tokenizer, messages[:-1])
+    content = _continue(prefill, messages[-1]["content"])
+    return _example(tokenizer, _encode(tokenizer, prompt), content + end_of_turn(tokenizer, messages, stop_ids))
+
+
+def render_plain(tokenizer: Any, prompt: str, completion: str) -> Example:
+    """Tokenise a prompt and completion that are plain strings: no template, the tokenizer's own BOS, eos at the end."""
+    ids = list(tokenizer.encode(prompt)) if prompt else []
+    return _example(tokenizer, ids, completion + _eos(tokenizer))
+
+
+def end_of_turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int] | None = None) -> str:
+    """Return what closes an assistant turn, up to and including the token that stops generation.
+
+    Found by rendering the conversation with a known word as the answer. What the template puts behind the stop token
+    (often a newline) is never generated and is left out.
+    """
+    answered = [*messages[:-1], {"role": "assistant", "content": SENTINEL}]
+    _, found, closing = _apply(tokenizer, answered, add_generation_prompt=False).rpartition(SENTINEL)
+    if not found:
+        raise UserError("the chat template does not print the assistant's content, so it cannot be trained on")
+    eos = _eos(tokenizer)
+    stops = [eos, *tokenizer.convert_ids_to_tokens([i for i in stop_ids or () if i is not None])]
+    ends = [closing.index(stop) + len(stop) for stop in stops if stop and stop in closing]
+    return closing[: min(ends)] if ends else closing.rstrip() + eos
+
+
+def answer_only(content: str, *, predicted: str | None = None, gold: str | None = None) -> str:
+    """Return the final answer of a reasoning trace, for the answers-only baseline.
+
+    That is what follows the reasoning; without a reasoning block the last ``\\boxed{...}``; without one, the answer
+    that the verifier read, or the gold, in a box.
+
+    Raises:
+        UserError: none of these exists.
+    """
+    if CLOSE in content and (answer := content.rpartition(CLOSE)[2].strip()):
+        return answer
+    if boxed := _last_boxed(content):
+        return boxed
+    if known := predicted or gold:
+        return f"\\boxed{{{known}}}"
+    raise UserError("no final answer: no text after </think>, no \\boxed{...}, and neither 'predicted' nor 'gold'")
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the tokenizer has no chat template: give one with --chat-template FILE.jinja")
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise UserError(f"the chat template refuses messages with the roles [{roles}]: {error}") from error
+
+
+def _continue(prefill: str, content: str) -> str:
+    """Return the part of the assistant's `content` that comes after what the template already wrote."""
+    if not prefill:
+        return content
+    if content.startswith(prefill):
+        return content[len(prefill) :]
+    if content.startswith("<think>"):
+        return content.removeprefix("<think>").removeprefix("\n")
+    if CLOSE in prefill or CLOSE in content:
+        return content
+    # The template opened a reasoning block that this answer does not have: close it, as such a model would.
+    return f"\n{CLOSE}\n\n{content}"
+
+
+def _example(tokenizer: Any, prompt_ids: list[int], completion: str) -> Example:
+    # Prompt and completion are tokenised apart: at generation time the model is given exactly the prompt's tokens and
+    # continues from there, so a token that merges across the boundary could never occur. Special tokens are already
+    # in the texts (the template writes BOS itself), hence none is added.
+    completion_ids = _encode_continuation(tokenizer, completion)
+    ids = np.array(prompt_ids + completion_ids, dtype=np.int32)
+    weights = np.zeros(len(ids), dtype=np.float32)
+    weights[max(1, len(prompt_ids)) :] = 1.0  # nothing predicts the very first token
+    if not weights.any():
+        raise UserError("nothing to train on: the completion is empty")
+    return Example(ids, weights)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def _encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Encode a text that continues another, without the space SentencePiece tokenizers put before a beginning."""
+    first = tokenizer.convert_ids_to_tokens(_encode(tokenizer, "a")[:1])
+    if not first or first[0][0] not in "▁Ġ":
+        return _encode(tokenizer, text)
+    anchor, anchored = _encode(tokenizer, "\n"), _encode(tokenizer, "\n" + text)
+    # A text that begins with a newline may have merged with the anchor; then the added space never showed either.
+    return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else _encode(tokenizer, text)
+
+
+def _eos(tokenizer: Any) -> str:
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no eos token, so the student could not learn to stop: set eos_token")
+    return tokenizer.eos_token
+
+
+def _last_boxed(text: str) -> str:
+    """Return the last ``\\boxed{...}`` with balanced braces, or an empty string."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for end in range(start, len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0 and text[end] == "}":
+            return text[start : end + 1]
+    return ""

@@ -1,0 +1,123 @@
+"""The folder of a training run: whose it is, whether it is finished, and how the model gets into it whole.
+
+It binds itself to its recipe when the run starts (`recipe.json`), and counts as finished when `run.json` is there,
+which is written last. No torch, so a command can ask before it loads anything.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+
+from distill.checkpoints import last_checkpoint, reason
+from distill.config import TrainConfig
+from distill.dataset import data_file, sha256
+from distill.errors import RunError, UserError
+from distill.store import write_json
+
+RECIPE = "recipe.json"
+RUN = "run.json"
+CHECKPOINTS = "checkpoints"
+FREE = {"out", "resume"}  # settings that may differ between two starts of one run
+
+
+def open_run(config: TrainConfig) -> Literal["new", "resumed", "finished"]:
+    """Say what a run's folder is to this recipe, changing nothing; cheap enough to ask before models are loaded.
+
+    Raises:
+        UserError: the folder holds something else or another recipe (the differing keys are named), the data changed
+            since, or there is a checkpoint and `--resume` was not given.
+    """
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, not a folder")
+    data_hash = sha256(data_file(config.data))
+    if not (out / RECIPE).exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"--out {out} is not empty and holds no training run: choose another folder")
+        return "new"
+    recorded = _read_json(out / RECIPE)
+    wanted = {**_recipe(config), "data (content)": data_hash}
+    before = {**recorded["recipe"], "data (content)": recorded["data_sha256"]}
+    differing = [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]
+    if differing:
+        listed = ", ".join(f"{key} was {before.get(key)!r}, now {wanted.get(key)!r}" for key in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(
+            f"--out {out} belongs to another recipe ({listed}{more}): choose another folder or the same recipe"
+        )
+    if (out / RUN).exists():
+        return "finished"
+    last = last_checkpoint(out / CHECKPOINTS)
+    if last is None:
+        return "new"
+    if not config.resume:
+        raise UserError(
+            f"--out {out} holds an unfinished run at {last.name}: add --resume to go on, or choose another folder"
+        )
+    return "resumed"
+
+
+def _recipe(config: TrainConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE}
+
+
+def claim(config: TrainConfig) -> None:
+    """Bind the folder to its recipe and data, unless it is already.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {config.out} cannot be made: {error.strerror}") from error
+    if not (config.out / RECIPE).exists():
+        data_hash = sha256(data_file(config.data))
+        write_json(config.out / RECIPE, {"recipe": _recipe(config), "data_sha256": data_hash})
+
+
+def save_final(trainer: Any, out: Path) -> None:
+    """Save model, tokenizer and chat template as a plain Hugging Face folder: written aside, then moved into place.
+
+    Args:
+        trainer: a `transformers.Trainer`.
+
+    Raises:
+        RunError: the disk refused; the checkpoints stay.
+    """
+    aside = out / ".final"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(aside))
+        if trainer.is_world_process_zero():
+            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe is in run.json
+            for path in sorted(aside.iterdir()):
+                path.replace(out / path.name)
+            aside.rmdir()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(f"cannot write the model into {out}: {reason(error)}; run again with --resume") from error
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """Return `run.json` of a finished run.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    return _read_json(out / RUN)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): the run's folder is damaged") from error

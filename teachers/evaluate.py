@@ -1,0 +1,116 @@
+"""`distill eval`: sample a model on questions, judge the samples, and sum them up.
+
+The sampling is the same as for traces, into a journal of the same form (`samples.jsonl`), so that an interrupted
+evaluation resumes. What the numbers mean is `distill.evaluate`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from distill.config import EvalConfig
+from distill.errors import UserError
+from distill.evaluate import bits_per_byte, strata, summarise
+from distill.ledger import Ledger
+from distill.progress import say
+from distill.records import Message
+from distill.store import TraceStore, read_lines, read_traces, write_json
+from teachers.backend import Backend
+from teachers.generate import Author, check_golds, fill, plan, verifier_name, versions
+from teachers.prompts import read_prompts, require
+from teachers.verifiers.pool import VerifierPool
+
+SAMPLES, SUMMARY = "samples.jsonl", "eval.json"
+
+
+def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Backend]) -> dict[str, Any]:
+    """Fill `samples.jsonl` and write `eval.json` at `config.out`; return the latter.
+
+    Raises:
+        UserError: unusable questions, an unreadable gold, or a folder of another evaluation.
+        RunError: the engine or the disk failed; the samples drawn so far stay.
+    """
+    prompts, bad = read_prompts(config.prompts, limit=config.limit, split="heldout", system_prompt=config.system_prompt)
+    prompts = require(prompts, bad, gold=True, skip=False)
+    verifier = verifier_name(config.verifier, prompts)
+    if verifier is None:
+        raise UserError("an evaluation needs a verifier: --verifier math, or pkg.mod:function")
+    conversations = _conversations(config)
+    ledger = Ledger()
+    with ExitStack() as stack:
+        store = stack.enter_context(TraceStore(config.out, journal=SAMPLES))
+        store.claim(_recipe(config, author, verifier))
+        pool = stack.enter_context(VerifierPool(verifier))
+        if verifier == "math":
+            prompts, unreadable = check_golds(prompts, pool)
+            if unreadable:
+                listed = "; ".join(f"{p.source}: {p.gold!r} ({reason})" for p, reason in unreadable[:3])
+                raise UserError(f"{len(unreadable)} gold answers cannot be verified, mend or remove them: {listed}")
+        wanted = list(plan(prompts, config.n, author.identity, config.sampling(), config.seed))
+        fill(
+            store,
+            wanted,
+            open_backend,
+            pool,
+            author=author,
+            sampling=config.sampling(),
+            ledger=ledger,
+            title="eval",
+            retry_failed=False,
+        )
+    result = summarise(read_traces(config.out / SAMPLES), samples_per_question=config.n)
+    levels = strata(read_traces(config.out / SAMPLES), "level")
+    if levels:
+        result["by_level"] = levels
+    if conversations:
+        result.update(_text_bits(config, author, conversations))
+    result |= {
+        "sampling": {**config.sampling(), "seed": config.seed, "system_prompt": config.system_prompt},
+        "model": author.name,
+        "identity": author.identity,
+        "prompts": config.prompts,
+        "verifier": verifier,
+        "ledger": ledger.to_json(),
+        "versions": versions(),
+    }
+    if config.arm is not None:
+        result["arm"] = config.arm
+    if config.train_seed is not None:
+        result["train_seed"] = config.train_seed
+    write_json(config.out / SUMMARY, result)
+    return result
+
+
+def _recipe(config: EvalConfig, author: Author, verifier: str) -> dict[str, Any]:
+    """Everything that decides the samples: an evaluation, unlike a store, is never extended."""
+    settings = {key: getattr(config, key) for key in ("prompts", "n", "seed", "limit", "system_prompt")}
+    return {**settings, "model": author.identity, "sampling": config.sampling(), "verifier": verifier}
+
+
+def _conversations(config: EvalConfig) -> list[list[Message]]:
+    if config.text is None:
+        return []
+    from distill.dataset import conversation, data_file
+
+    path, found = data_file(config.text), []
+    for number, row in read_lines(path):
+        messages = conversation(row)
+        if isinstance(messages, tuple):
+            raise UserError(f"{path} line {number}: bits per byte needs messages, not plain prompt and completion")
+        found.append(messages)
+    if not found:
+        raise UserError(f"{path} holds no conversation to measure bits per byte on")
+    return found
+
+
+def _text_bits(config: EvalConfig, author: Author, conversations: list[list[Message]]) -> dict[str, float]:
+    from distill.models import load_model, load_tokenizer
+
+    say(f"bits per byte of {len(conversations)} conversations")
+    tokenizer = load_tokenizer(
+        author.location, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code
+    )
+    model = load_model(author.location, trust_remote_code=config.trust_remote_code).eval()
+    return bits_per_byte(model, tokenizer, conversations)
