@@ -105,12 +105,13 @@ def train(config: TrainConfig, as_json: bool) -> None:
     if open_run(config) == "finished":
         result = read_run(config.out)
         print(f"{config.out} is finished; nothing to do", file=sys.stderr)
-        show(result, as_json, [])
+        show(result, as_json, [_trained(config, result)])
         return
     needs_teacher = "teacher_logits" in mode.needs
     if needs_teacher and config.teacher is None:
         raise UserError(f"--mode {config.mode} learns from a teacher's logits: name one with --teacher")
-    kind = student_kind(config.student)
+    spec = resolve(config.student)
+    kind = student_kind(spec)
     source = _tokenizer_source(config) if kind.source is None else resolve(kind.source)
     tokenizer = load_tokenizer(source, chat_template=config.chat_template, trust_remote_code=trust)
     teacher = None
@@ -118,12 +119,11 @@ def train(config: TrainConfig, as_json: bool) -> None:
         name = resolve(str(config.teacher))
         open_alignment(config.align, tokenizer, load_tokenizer(name, trust_remote_code=trust))
         teacher = load_model(name, dtype=config.dtype, trust_remote_code=trust)
-    # `nano` is a name only this file knows; elsewhere in the spec it can only be the pruned model.
-    spec = config.student if kind.source is None else config.student.replace(kind.source, source, 1)
+    # `nano` is a name only this file knows; inside a spec it can only be the pruned model.
+    spec = spec if kind.source is None else spec.replace(kind.source, source, 1)
     student = build_student(spec, tokenizer=tokenizer, dtype=config.dtype, seed=config.seed, trust_remote_code=trust)
     result = run_training(config, model=student, tokenizer=tokenizer, teacher=teacher)
-    loss = result["metrics"].get("loss")
-    show(result, as_json, [f"trained {config.out} ({result['steps']} steps, loss {loss:.4f})"])
+    show(result, as_json, [_trained(config, result)])
 
 
 @command(app, EvalConfig, "eval")
@@ -131,7 +131,7 @@ def evaluate(config: EvalConfig, as_json: bool) -> None:
     """Measure a model's accuracy on questions with gold answers."""
     from teachers.evaluate import run_eval
 
-    author, opened = _speaker(config.model, config)
+    author, opened = _speaker(config.model, config, folder=_materialised(config))
     result = run_eval(config, author, opened)
     low, high = result["ci95"]
     lines = [
@@ -170,13 +170,34 @@ def fetch_model(config: FetchConfig, as_json: bool) -> None:
     show({"folder": str(folder)}, as_json, [str(folder)])
 
 
-def _speaker(name: str, config: GenerateConfig | EvalConfig) -> tuple[Any, Any]:
-    """Return who writes the completions, and the function that starts its engine."""
+def _trained(config: TrainConfig, result: dict[str, Any]) -> str:
+    return f"trained {config.out} ({result['steps']} steps, loss {result['metrics']['loss']:.4f})"
+
+
+def _materialised(config: EvalConfig) -> str | None:
+    """Write a student that exists only as a `prune:` spec into the evaluation's folder, where engines can load it."""
+    if not config.model.startswith("prune:"):
+        return None
+    from distill.models import load_tokenizer
+    from students import build_student, student_kind
+
+    kind = student_kind(config.model)
+    folder, source = config.out / "untrained", resolve(str(kind.source))
+    if not (folder / "model.safetensors").exists():
+        trust = config.trust_remote_code
+        student = build_student(config.model.replace(str(kind.source), source, 1), trust_remote_code=trust)
+        load_tokenizer(source, trust_remote_code=trust).save_pretrained(folder)
+        student.save_pretrained(folder)
+    return str(folder)
+
+
+def _speaker(name: str, config: GenerateConfig | EvalConfig, folder: str | None = None) -> tuple[Any, Any]:
+    """Return who writes the completions, and the function that starts its engine; `folder` is where `name` lies."""
     from distill.models import load_tokenizer, model_identity
     from teachers import choose_backend, open_backend
     from teachers.generate import Author
 
-    model, trust = resolve(name), config.trust_remote_code
+    model, trust = folder or resolve(name), config.trust_remote_code
     template = config.chat_template if isinstance(config, EvalConfig) else None
     reasoning = config.reasoning if isinstance(config, GenerateConfig) else "auto"
     tokenizer = load_tokenizer(model, chat_template=template, trust_remote_code=trust)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -28,10 +29,14 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 class App(typer.Typer):
     """A typer app whose errors are one line, as `docs/` promises."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line and exit with its code."""
+    def __call__(self, arguments: Sequence[str] | None = None) -> Any:
+        """Run the command line (default: this process's) and exit with its code; without arguments, print the help."""
+        given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop ends a run as Ctrl-C does
         try:
-            code = super().__call__(*args, standalone_mode=False, **kwargs)
+            code = super().__call__(given, standalone_mode=False)
+            if code == 130:  # typer's own answer to Ctrl-C
+                raise KeyboardInterrupt
         except UsageError as error:
             fail(error.format_message(), 2)
         except (UserError, RunError) as error:
@@ -70,7 +75,9 @@ def command(
 
         fields = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
         parameters = [_parameter(key, field) for key, field in fields]
-        parameters.append(_option("config", Path, typer.Option("--config", help="A YAML recipe; a flag beats it.")))
+        parameters.append(
+            _option("config", Path, typer.Option("--config", metavar="PATH", help="A YAML recipe; a flag beats it."))
+        )
         parameters.append(
             _option("json", bool, typer.Option("--json", help="One JSON object on stdout."), default=False)
         )

@@ -130,8 +130,6 @@ def _mean_of(members: Sequence[Evaluation], key: str) -> float | None:
 
 def _arm_row(name: str, members: Sequence[Evaluation], scores: np.ndarray, per_question: int) -> dict[str, Any]:
     traces = [t for e in members for t in e.traces]
-    ledgers = [e.summary.get("ledger") or {} for e in members]
-    costs = [k for k in ledgers[0] if all(isinstance(row.get(k), int | float) for row in ledgers)]
     right = [
         pass_at_k(per_question, sum(sample_score(t) >= 1 for t in g), per_question)
         for e in members
@@ -152,8 +150,16 @@ def _arm_row(name: str, members: Sequence[Evaluation], scores: np.ndarray, per_q
         "unjudged": sum(t.score is None for t in traces),
         "mean_completion_tokens": float(np.mean([t.num_completion_tokens for t in traces])),
         "bits_per_byte": _mean_of(members, "bits_per_byte"),
-        "ledger": {k: float(np.mean([row[k] for row in ledgers])) for k in costs} or None,
+        "ledger": _mean_ledger(members, "ledger"),
+        "training": _mean_ledger(members, "training"),
     }
+
+
+def _mean_ledger(members: Sequence[Evaluation], key: str) -> dict[str, float] | None:
+    """Return the mean cost of one run, of what all members recorded; None where there is nothing."""
+    ledgers = [e.summary.get(key) or {} for e in members]
+    costs = [k for k in ledgers[0] if all(isinstance(row.get(k), int | float) for row in ledgers)]
+    return {k: float(np.mean([row[k] for row in ledgers])) for k in costs} or None
 
 
 def _pair_row(a: str, b: str, first: np.ndarray, second: np.ndarray, seed: int) -> dict[str, Any]:
@@ -239,7 +245,8 @@ def compare(
         seed: of the bootstrap draws.
 
     Returns:
-        What compare.json holds. Accuracies, differences and shares are fractions; `ledger` is the mean of one run.
+        What compare.json holds. Accuracies, differences and shares are fractions; `ledger` (evaluating)
+        and `training` are the mean of one run.
 
     Raises:
         UserError: fewer than two arms, a broken folder, or evaluations that are not comparable.

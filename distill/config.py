@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from distill.errors import UserError
 from distill.tables import suggest
@@ -23,7 +24,15 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """A frozen group of settings that refuses what it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_truth_value_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads yes and on as true, and pydantic would take that for 1.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("no_truth_value", "Input should not be true or false")
+        return value
 
 
 class Sampling(Section):
@@ -139,7 +148,7 @@ class TrainConfig(Section):
 class EvalConfig(Sampling, Engine):
     """A model's accuracy on questions with a gold answer."""
 
-    model: str = Field(description="MODEL to evaluate.")
+    model: str = Field(description="MODEL to evaluate, or prune:MODEL?layers=12.")
     prompts: str = Field(description="SRC; nano means its held-out problems here.")
     out: Path = Field(description="The evaluation's folder: samples.jsonl and eval.json.")
     n: Count = Field(1, description="Samples per question.")
@@ -202,7 +211,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # PyYAML lets through what its readers raise: ValueError for the date 2026-13-01, ...
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path} must hold a mapping of option: value, not {type(loaded).__name__}")

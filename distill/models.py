@@ -158,6 +158,9 @@ def load_model(model: str, *, dtype: str = "float32", trust_remote_code: bool = 
         UserError: no such model, unknown architecture, missing or corrupt weights.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # it reports every tensor of every load; our own progress speaks of the work
 
     wanted = torch_dtype(dtype)
     path = locate(model, weights=True, trust_remote_code=trust_remote_code)

@@ -287,15 +287,16 @@ def _funnel(store: Path) -> dict[str, Any]:
     rows.append(("kept", kept, "kept"))
     return {
         "name": store.resolve().name,
-        "teacher": manifest.get("teacher"),
+        "teacher": manifest.get("recipe", {}).get("teacher"),
         "ledger": manifest.get("ledger"),
         "rows": [{"name": n, "count": c, "kind": k, "share": c / total if total else 0.0} for n, c, k in rows],
     }
 
 
 def _costs(arms: Sequence[Mapping[str, Any]], funnels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    runs = [(f"traces of {f['name']}", None, f["ledger"]) for f in funnels]
-    runs += [(arm["name"], arm["index"], arm["ledger"]) for arm in arms]
+    runs = [(f"generating {f['name']}", None, f["ledger"]) for f in funnels]
+    runs += [(f"training {arm['name']}", arm["index"], arm["training"]) for arm in arms]
+    runs += [(f"evaluating {arm['name']}", arm["index"], arm["ledger"]) for arm in arms]
     return [
         {"name": name, "index": index, **{key: ledger.get(key) for key in ("flops", "seconds", "tokens")}}
         for name, index, ledger in runs

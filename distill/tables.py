@@ -27,13 +27,14 @@ def load(path: str) -> Any:
     """Import ``"package.module:name"``.
 
     Raises:
-        UserError: the module or the name does not exist.
+        UserError: the module or the name does not exist, or the module does not import.
     """
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"cannot import {module_name!r} (from {path!r}): {error}") from error
+    except Exception as error:  # it may be the user's own module, and that may raise anything
+        what = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UserError(f"cannot import {module_name!r} (from {path!r}): {what}{error}") from error
     if not hasattr(module, name):
         raise UserError(f"module {module_name!r} has no {name!r}{suggest(name, dir(module))}")
     return getattr(module, name)

@@ -6,17 +6,19 @@ evaluation resumes. What the numbers mean is `distill.evaluate`'s business.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from distill.config import EvalConfig
 from distill.errors import UserError
 from distill.evaluate import bits_per_byte, strata, summarise
-from distill.ledger import Ledger
 from distill.progress import say
 from distill.records import Message
-from distill.store import TraceStore, read_lines, read_traces, write_json
+from distill.run_folder import RUN
+from distill.store import TraceStore, read_lines, read_manifest, read_traces, write_json
 from teachers.backend import Backend
 from teachers.generate import Author, check_golds, fill, plan, verifier_name, versions
 from teachers.prompts import read_prompts, require
@@ -38,7 +40,6 @@ def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Back
     if verifier is None:
         raise UserError("an evaluation needs a verifier: --verifier math, or pkg.mod:function")
     conversations = _conversations(config)
-    ledger = Ledger()
     with ExitStack() as stack:
         store = stack.enter_context(TraceStore(config.out, journal=SAMPLES))
         store.claim(_recipe(config, author, verifier))
@@ -56,7 +57,7 @@ def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Back
             pool,
             author=author,
             sampling=config.sampling(),
-            ledger=ledger,
+            verifier=verifier,
             title="eval",
             retry_failed=False,
         )
@@ -72,9 +73,12 @@ def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Back
         "identity": author.identity,
         "prompts": config.prompts,
         "verifier": verifier,
-        "ledger": ledger.to_json(),
+        "ledger": read_manifest(config.out)["ledger"],
         "versions": versions(),
     }
+    trained = Path(author.location) / RUN
+    if trained.is_file():  # a folder made by `distill train`: what it cost belongs beside what it scores
+        result["training"] = json.loads(trained.read_text(encoding="utf-8"))["ledger"]
     if config.arm is not None:
         result["arm"] = config.arm
     if config.train_seed is not None:

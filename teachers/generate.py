@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from distill.errors import RunError, UserError
 from distill.ledger import Ledger, forward_flops
 from distill.progress import Meter, say
 from distill.records import Completion, Prompt, Trace, sample_seed, trace_uid
-from distill.store import JOURNAL, MANIFEST, TraceStore, latest, read_manifest, read_traces, write_json, write_views
+from distill.store import (
+    FUNNEL,
+    JOURNAL,
+    MANIFEST,
+    TraceStore,
+    latest,
+    read_manifest,
+    read_traces,
+    write_json,
+    write_views,
+)
 from distill.tables import lookup
 from teachers.backend import Backend, Request
 from teachers.filters import make_judge, parse_drop, parse_keep, with_flags
@@ -29,6 +40,7 @@ from teachers.prompts import read_prompts, require
 from teachers.verifiers import VERIFIERS
 from teachers.verifiers.pool import VerifierPool
 
+NOTE_SECONDS = 10.0  # between two notes of a running ledger in the manifest
 OUTSTANDING = 512  # unjudged samples in memory before the engine waits for verdicts
 
 
@@ -82,15 +94,18 @@ def fill(
     *,
     author: Author,
     sampling: Mapping[str, Any],
-    ledger: Ledger,
+    verifier: str | None,
     title: str = "generate",
     retry_failed: bool = True,
-) -> None:
-    """Draw what the journal does not hold yet of `wanted`, judge and journal it, and add what it cost to `ledger`.
+) -> Ledger:
+    """Draw what the journal does not hold yet of `wanted`, judge and journal it; return what it cost.
+
+    The cost is noted in the manifest every few seconds too, so a killed run is not free of charge.
 
     Args:
         open_backend: starts the engine; called only when something is missing.
         pool: judges every sample; None leaves them unjudged.
+        verifier: the pool's verifier, for the manifest.
         retry_failed: a journaled sample with an error is drawn again.
     """
     done = {trace.uid for trace in read_traces(store.path) if trace.error is None or not retry_failed}
@@ -98,15 +113,24 @@ def fill(
     already = len(wanted) - len(missing)
     if already:
         say(f"{already} of {len(wanted)} samples are already in {store.folder}")
+    ledger = Ledger()
     if not missing:
-        return
+        return ledger
+    number = len(read_manifest(store.folder).get("runs", []))
     backend = open_backend()
     try:
         say(f"model: {author.identity}, {backend.description}")
         with Meter(title, len(wanted), done=already) as meter:
-            _sample(store, missing, backend, pool, author, sampling, ledger, meter)
+            noted = time.monotonic()
+            for _ in _sample(store, missing, backend, pool, author, sampling, ledger, meter):
+                if time.monotonic() - noted > NOTE_SECONDS:
+                    noted = time.monotonic()
+                    record_run(store.folder, number, ledger, verifier)
     finally:
+        store.sync()
+        record_run(store.folder, number, ledger, verifier)
         backend.close()
+    return ledger
 
 
 def _sample(
@@ -118,8 +142,11 @@ def _sample(
     sampling: Mapping[str, Any],
     ledger: Ledger,
     meter: Meter,
-) -> None:
-    """Generating and judging overlap: a verdict is waited for only when many are outstanding, or at the end."""
+) -> Iterator[None]:
+    """Draw, judge and journal, yielding now and then.
+
+    Generating and judging overlap: a verdict is waited for only when many are outstanding, or at the end.
+    """
     began = time.monotonic()
     judged = right = failed = 0
 
@@ -148,8 +175,10 @@ def _sample(
             continue
         pool.submit(request.uid, trace)
         settle(wait=pool.outstanding > OUTSTANDING)
+        yield
     while pool and pool.outstanding:
         settle(wait=True)
+        yield
 
 
 def check_golds(prompts: list[Prompt], pool: VerifierPool) -> tuple[list[Prompt], list[tuple[Prompt, str]]]:
@@ -219,18 +248,19 @@ def run_generate(config: GenerateConfig, author: Author, open_backend: Callable[
         set_aside: list[tuple[Prompt, str]] = []
         if pool and needs_gold:
             prompts, set_aside = check_golds(prompts, pool)
+        aside = [{"source": p.source, "gold": p.gold, "reason": reason} for p, reason in set_aside]
+        write_json(config.out / MANIFEST, {**read_manifest(config.out), "set_aside": aside})
         for prompt, reason in set_aside[:5]:
             say(f"set aside {prompt.source}: its gold {prompt.gold!r} cannot be verified ({reason})")
         if not prompts:
             raise RunError(f"no gold of {len(set_aside)} prompts can be verified, so nothing could be kept")
         wanted = list(plan(prompts, config.n, author.identity, config.sampling(), config.seed))
-        ledger = Ledger()
         try:
-            fill(store, wanted, open_backend, pool, author=author, sampling=config.sampling(), ledger=ledger)
+            ledger = fill(
+                store, wanted, open_backend, pool, author=author, sampling=config.sampling(), verifier=verifier
+            )
         finally:
-            # After Ctrl-C or a dead engine too: the views show everything the journal holds, the manifest its cost.
-            store.sync()
-            _record_run(config.out, ledger, verifier, set_aside)
+            # After Ctrl-C or a dead engine too: the views show everything the journal holds.
             judge = make_judge(latest(config.out), keep=keep, drop=drop)
             funnel = write_views(config.out, config.out, judge)
     if not funnel["kept"]:
@@ -262,15 +292,15 @@ def run_filter(config: FilterConfig) -> dict[str, Any]:
     if not (config.store / JOURNAL).is_file():
         raise UserError(f"{config.store} is not a trace store: it has no {JOURNAL}")
     out = config.out or config.store
+    elsewhere = out.resolve() != config.store.resolve()
+    if elsewhere and out.exists() and not _holds_views_only(out):
+        raise UserError(f"--out {out} is in use: name a new folder")
     with ExitStack() as stack:
         source = stack.enter_context(TraceStore(config.store))
         if config.verifier is not None:
-            name = verifier_name(config.verifier, [])
-            fresh = _judge_again(source, stack.enter_context(VerifierPool(name)) if name else None)
-            source.replace_journal(fresh)
-        if out != config.store:
-            if (out / JOURNAL).exists() or (out.exists() and not out.is_dir()):
-                raise UserError(f"--out {out} is in use: name a new folder")
+            name = _verifier_again(config.verifier, config.store)
+            source.replace_journal(_judge_again(source, stack.enter_context(VerifierPool(name))))
+        if elsewhere:
             out.mkdir(parents=True, exist_ok=True)
             shutil.copy2(config.store / MANIFEST, out / MANIFEST)
         judge = make_judge(latest(config.store), keep=keep, drop=drop)
@@ -280,25 +310,46 @@ def run_filter(config: FilterConfig) -> dict[str, Any]:
     return {**funnel, "out": str(out)}
 
 
-def _judge_again(store: TraceStore, pool: VerifierPool | None) -> Iterator[Trace]:
+def _holds_views_only(folder: Path) -> bool:
+    """Return whether a folder is empty or the result of an earlier `filter --out`, which may be written again."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or (FUNNEL in names and JOURNAL not in names)
+
+
+def _verifier_again(setting: str, store: Path) -> str:
+    """Resolve `--verifier` of a store that exists.
+
+    Raises:
+        UserError: an unknown name, or no verifier is meant: there would be nothing to judge again.
+    """
+    golds = (Prompt(messages=trace.messages, gold=trace.gold) for trace in latest(store) if trace.gold is not None)
+    name = verifier_name(setting, list(islice(golds, 1)))
+    if name is None:
+        why = "no trace has a gold answer" if setting == "auto" else "it judges nothing"
+        raise UserError(f"--verifier {setting}: {why}; leave it out to keep the stored verdicts")
+    return name
+
+
+def _judge_again(store: TraceStore, pool: VerifierPool) -> Iterator[Trace]:
     """Yield every trace with the new verdict after its old ones, out of order; failed samples pass unjudged."""
     total = sum(1 for _ in latest(store.folder))
     with Meter("verify", total) as meter:
         judged = (trace for trace in latest(store.folder) if trace.error is None)
-        for _, trace, verdict in pool.judge_all((trace.uid, trace) for trace in judged) if pool else []:
+        for _, trace, verdict in pool.judge_all((trace.uid, trace) for trace in judged):
             meter.advance()
             yield replace(trace, verdicts=(*trace.verdicts, verdict), predicted=verdict.predicted)
         yield from (trace for trace in latest(store.folder) if trace.error is not None)
 
 
-def _record_run(out: Path, ledger: Ledger, verifier: str | None, set_aside: list[tuple[Prompt, str]]) -> None:
-    """Add one run to the manifest: its cost, versions, and the golds that could not be verified."""
+def record_run(out: Path, number: int, ledger: Ledger, verifier: str | None) -> None:
+    """Note the cost so far of the store's run `number`, and the sum over all runs, in the manifest."""
     manifest = read_manifest(out)
-    manifest.setdefault("runs", []).append({"ledger": ledger.to_json(), "versions": versions(), "verifier": verifier})
-    manifest["set_aside"] = [{"source": p.source, "gold": p.gold, "reason": reason} for p, reason in set_aside]
-    totals = [run["ledger"] for run in manifest["runs"]]
-    manifest["ledger"] = {key: sum(total[key] for total in totals) for key in ("flops", "seconds", "tokens")}
-    write_json(out / MANIFEST, manifest)
+    run = {"ledger": ledger.to_json(), "versions": versions(), "verifier": verifier}
+    runs = [*manifest.get("runs", [])[:number], run]
+    total = {key: sum(each["ledger"][key] for each in runs) for key in ledger.to_json()}
+    write_json(out / MANIFEST, {**manifest, "runs": runs, "ledger": total})
 
 
 def versions() -> dict[str, str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +82,28 @@ def prompt_of(row: Any, source: str) -> Prompt:
     """Turn one row into a prompt.
 
     Raises:
-        ValueError: the row is not an object, has no question, or its messages are malformed.
+        ValueError: the row is not an object, has no question, its messages are malformed, or it holds what is no text.
     """
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, Mapping):
         raise ValueError(f"the row must be an object, not {type(row).__name__}")
-    meta = {key: row[key] for key in ("level", "difficulty", "type", "subject") if key in row}
-    return Prompt(messages=question_of(row), gold=gold_of(row), source=source, meta=meta)
+    meta = {key: _plain(row[key]) for key in ("level", "difficulty", "type", "subject") if key in row}
+    prompt = Prompt(messages=question_of(row), gold=gold_of(row), source=source, meta=meta)
+    try:
+        json.dumps([prompt.messages, prompt.gold, meta], ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:  # no tokenizer takes it, and no reader of kept.jsonl
+        raise ValueError("it holds a lone surrogate (half a character)") from error
+    return prompt
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold as it is, and the text of anything else (a date in a Parquet file, NaN)."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
 
 
 def question_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -120,41 +136,53 @@ def _messages(turns: list[Any], column: str) -> tuple[Message, ...]:
         messages.pop()
     if not messages or messages[-1]["role"] != "user":
         raise ValueError(f"{column} must end with a user turn (before the assistant's, if there is one)")
+    if not messages[-1]["content"].strip():
+        raise ValueError(f"{column}: the user's last turn is empty")
     return tuple(messages)
 
 
 def gold_of(row: Mapping[str, Any]) -> str | None:
-    """Return the row's gold answer, or None. GSM8K's `#### 42` and the last `\\boxed{...}` are taken out of a solution."""
+    """Return the row's gold answer, or None; GSM8K's `#### 42` and the last `\\boxed{...}` are taken out of a text."""
     for column in (*GOLD_COLUMNS, "Answer"):
         value = row.get(column)
         if isinstance(value, bool) or value is None:
             continue
-        if isinstance(value, (int, float)):
-            return f"{value:g}" if float(value).is_integer() and abs(value) < 1e6 else str(value)
+        if isinstance(value, int) or (isinstance(value, (float, Decimal)) and math.isfinite(value)):
+            return _decimal(value)
         if isinstance(value, str) and value.strip():
             return final_answer(value)
     return None
 
 
+def _decimal(value: int | float | Decimal) -> str:
+    """Return a number's digits without an exponent, which the verifiers would read as a product with e."""
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else f"{Decimal(repr(value)):f}"
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)
+
+
 def final_answer(text: str) -> str:
-    """Return the final answer written in a worked solution; a text without any mark is the answer itself."""
-    marked = re.findall(r"####[ \t]*(\S[^\n]*)", text)
-    if marked:
-        return str(marked[-1]).strip().replace(",", "")
-    return last_boxed(text) or text.strip()
+    """Return the final answer written in a worked solution; a text without any mark is the answer itself.
+
+    A box after the last `####` beats it: then that was a heading.
+    """
+    marked = list(re.finditer(r"####[ \t]*(\S[^\n]*)", text))
+    boxed = last_boxed(text[marked[-1].start() :] if marked else text)
+    if marked and not boxed:
+        return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", marked[-1][1].strip())
+    return boxed or text.strip()
 
 
 def last_boxed(text: str) -> str | None:
-    """Return the content of the last closed `\\boxed{...}` with balanced braces, or None."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth, begin = 0, start + len("\\boxed")
-        for position in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[begin + 1 : position].strip()
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    """Return the content of the last closed `\\boxed{...}` with balanced braces, or None; `\\{` is no brace."""
+    opened: list[int] = []  # where the content of each open brace begins; negative: no box
+    last = (0, 0)
+    for token in re.finditer(r"\\boxed\{|\\.|[{}]", text, re.DOTALL):
+        if token[0] in ("{", "\\boxed{"):
+            opened.append(token.end() if len(token[0]) > 1 else -1)
+        elif token[0] == "}" and opened:
+            last = max(last, (opened.pop(), token.start()))
+    return text[slice(*last)].strip() if last[0] else None
 
 
 def _with_system(prompt: Prompt, system_prompt: str) -> Prompt:
@@ -211,8 +239,9 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            for number, row in enumerate(csv.DictReader(stream), 2):
-                yield f"{path.name}:{number}", {key: value for key, value in row.items() if key is not None}
+            reader = csv.DictReader(stream)
+            for row in reader:
+                yield f"{path.name}:{reader.line_num}", {key: value for key, value in row.items() if key is not None}
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a UTF-8 CSV file: {error}") from error
 
@@ -221,15 +250,14 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
     from pyarrow.lib import ArrowException
 
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
     number = 0
-    for batch in table.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path.name}:{number}", row
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path.name}:{number}", row
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:

@@ -7,12 +7,20 @@ Every sample owns its seed: the draw of a row depends on its seed and its logits
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from distill.errors import UserError
 from distill.models import context_length, end_token_ids, load_model, load_tokenizer
 from distill.records import Completion
 from distill.render import render_prompt
@@ -28,8 +36,8 @@ class SeededSampling(LogitsProcessor):
     batch can give every row its own generator; `generate(do_sample=True)` knows only one for all.
     """
 
-    def __init__(self, seeds: list[int], temperature: float, top_p: float) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, generators: list[torch.Generator], temperature: float, top_p: float) -> None:
+        self.generators = generators
         self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
         if top_p < 1:
             self.warpers.append(TopPLogitsWarper(top_p))
@@ -41,6 +49,19 @@ class SeededSampling(LogitsProcessor):
         for row, generator in zip(exponential, self.generators, strict=True):
             row.exponential_(generator=generator)
         return warped - exponential.to(warped.device).log()
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A sample being drawn."""
+
+    request: Request
+    prompt_ids: list[int]
+    prefill: str
+    left: int  # tokens it may still get
+    generator: torch.Generator
+    ids: list[int] = field(default_factory=list)  # drawn so far, the end token included
+    ended: bool = False
 
 
 class TransformersEngine:
@@ -66,6 +87,8 @@ class TransformersEngine:
         self.config = self.model.config
         self.context = context_length(self.config)
         self.end_ids = end_token_ids(self.model, self.tokenizer)
+        # A folder's generation_config may penalise repetition or keep the top k; a sample's identity knows of neither.
+        self.model.generation_config = GenerationConfig()
         self.batch_size = concurrency or (256 if self.model.num_parameters() < SMALL else 16)
         self.description = f"transformers on {device}, {dtype}, batches of {self.batch_size}"
 
@@ -75,35 +98,47 @@ class TransformersEngine:
         """Yield every request with its completion, batch by batch (see `teachers.backend.Backend`)."""
         pending = iter(requests)
         while batch := list(islice(pending, self.batch_size)):
-            ready: list[tuple[Request, list[int], str]] = []
+            drafts: list[_Draft] = []
             for request in batch:
                 text, prefill = render_prompt(self.tokenizer, request.prompt.messages)
                 ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
                 try:
-                    room(len(ids), self.context, sampling["max_completion_length"])
+                    left = room(len(ids), self.context, sampling["max_completion_length"])
                 except ValueError as error:
                     yield request, failed(str(error), len(ids))
                     continue
-                ready.append((request, ids, prefill))
-            if ready:
-                yield from self._batch(ready, sampling)
+                if left is None:
+                    raise UserError(
+                        "the model's config does not say how long its context is: give --max-completion-length"
+                    )
+                stream = torch.Generator().manual_seed(request.seed)
+                drafts.append(_Draft(request, ids, prefill, left, stream))
+            yield from self._batch(drafts, sampling)
+
+    def _batch(self, drafts: list[_Draft], sampling: Mapping[str, Any]) -> Iterator[tuple[Request, Completion]]:
+        """Yield a batch's completions: all go as far as the fullest context allows, then who has room left goes on."""
+        while drafts:
+            self._extend(drafts, min(draft.left for draft in drafts), sampling)
+            for draft in drafts:
+                if draft.ended or not draft.left:
+                    yield draft.request, self._completion(draft)
+            drafts = [draft for draft in drafts if not draft.ended and draft.left]
 
     @torch.inference_mode()
-    def _batch(
-        self, ready: list[tuple[Request, list[int], str]], sampling: Mapping[str, Any]
-    ) -> Iterator[tuple[Request, Completion]]:
-        longest = max(len(ids) for _, ids, _ in ready)
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for _, ids, _ in ready])
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for _, ids, _ in ready])
+    def _extend(self, drafts: list[_Draft], steps: int, sampling: Mapping[str, Any]) -> None:
+        """Draw up to `steps` more tokens of every draft, until its end token."""
+        contexts = [draft.prompt_ids + draft.ids for draft in drafts]
+        longest, pad = max(map(len, contexts)), self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in contexts])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in contexts])
         processors = LogitsProcessorList()
         if sampling["temperature"] > 0:
-            seeds = [request.seed for request, _, _ in ready]
-            processors.append(SeededSampling(seeds, sampling["temperature"], sampling["top_p"]))
+            streams = [draft.generator for draft in drafts]
+            processors.append(SeededSampling(streams, sampling["temperature"], sampling["top_p"]))
         output = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
-            max_new_tokens=room(longest, self.context, sampling["max_completion_length"]),
+            max_new_tokens=steps,
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -112,18 +147,19 @@ class TransformersEngine:
             eos_token_id=self.end_ids,
             pad_token_id=pad,
         )
-        for (request, ids, prefill), row in zip(ready, output[:, longest:].tolist(), strict=True):
+        for draft, row in zip(drafts, output[:, longest:].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in self.end_ids), None)
-            kept = row if end is None else row[:end]
-            yield (
-                request,
-                Completion(
-                    text=prefill + decode(self.tokenizer, kept),
-                    finish_reason="length" if end is None else "stop",
-                    num_prompt_tokens=len(ids),
-                    num_completion_tokens=len(row) if end is None else end + 1,
-                ),
-            )
+            draft.ids += row if end is None else row[: end + 1]
+            draft.ended = end is not None
+            draft.left -= len(row)
+
+    def _completion(self, draft: _Draft) -> Completion:
+        return Completion(
+            text=draft.prefill + decode(self.tokenizer, draft.ids[:-1] if draft.ended else draft.ids),
+            finish_reason="stop" if draft.ended else "length",
+            num_prompt_tokens=len(draft.prompt_ids),
+            num_completion_tokens=len(draft.ids),
+        )
 
     def close(self) -> None:
         """Drop the model."""

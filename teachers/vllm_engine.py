@@ -60,13 +60,13 @@ class VllmEngine:
         guard()
         try:
             self.engine = LLM(model, trust_remote_code=trust_remote_code, **options)
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(f"vLLM refuses {model}: {' '.join(str(error).split())[:400]}") from error
         except RuntimeError as error:
             raise RunError(
                 f"vLLM did not start with {model}: {' '.join(str(error).split())[:300]} Its own messages above name "
                 f"the cause (the cache takes {os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB on CPU: VLLM_CPU_KVCACHE_SPACE)"
             ) from error
+        except Exception as error:  # its refusals share no base class across versions
+            raise UserError(f"vLLM refuses {model}: {' '.join(str(error).split())[:400]}") from error
         config = self.engine.llm_engine.model_config
         self.config = config.hf_text_config
         self.context = config.max_model_len
@@ -116,18 +116,32 @@ class VllmEngine:
                 )
 
     def _parameters(self, request: Request, sampling: Mapping[str, Any], limit: int | None) -> Any:
+        """Return vLLM's sampling parameters.
+
+        Raises:
+            UserError: settings that vLLM refuses, or would quietly change.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(
-            temperature=sampling["temperature"],
-            top_p=sampling["top_p"],
-            max_tokens=limit,
-            seed=request.seed if sampling["temperature"] > 0 else None,
-            stop_token_ids=self.end_ids,
-            detokenize=False,  # by our own tokenizer, which was checked when it was loaded
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        try:
+            parameters = SamplingParams(
+                temperature=sampling["temperature"],
+                top_p=sampling["top_p"],
+                max_tokens=limit,
+                seed=request.seed if sampling["temperature"] > 0 else None,
+                stop_token_ids=self.end_ids,
+                detokenize=False,  # by our own tokenizer, which was checked when it was loaded
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+        except Exception as error:  # its refusals share no base class across versions
+            raise UserError(f"vLLM refuses the sampling settings: {' '.join(str(error).split())}") from error
+        if parameters.temperature != sampling["temperature"]:  # it raises small ones and goes on
+            raise UserError(
+                f"vLLM takes no temperature between 0 and {parameters.temperature} (given {sampling['temperature']}): "
+                "use 0 for greedy, or --backend transformers"
+            )
+        return parameters
 
     def _step(self, core: Any) -> list[Any]:
         try:

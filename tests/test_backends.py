@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distill.errors import UserError
 from distill.records import Completion, Prompt
@@ -24,7 +24,7 @@ from teachers.transformers_engine import SeededSampling
 CONTEXT = 640
 IN_FLIGHT = 8
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "max_completion_length": 64}
-HOT = {"temperature": 6.0, "top_p": 1.0, "max_completion_length": 24}  # the teacher is very sure of itself
+HOT = {"temperature": 2.0, "top_p": 1.0, "max_completion_length": 24}
 PREFILLING = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n<think>\n' }}{%- endif -%}"
@@ -33,11 +33,16 @@ PREFILLING = (
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded teacher with room for long prompts: its positions are rotary, so only the config says how many."""
+    """The embedded teacher with room for long prompts: its positions are rotary, so only the config says how many.
+
+    Its generation_config penalises repetition, as some hub models' do; samples must not depend on that.
+    """
     folder = tmp_path_factory.mktemp("teacher") / "nano"
     shutil.copytree(nano.model_path(), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 1.8, "top_k": 3}))
     return folder
 
 
@@ -59,6 +64,7 @@ def engine(request: pytest.FixtureRequest, teacher: Path) -> Iterator[Any]:
 def reference(teacher: Path) -> tuple[Any, Any]:
     """The same weights and tokenizer in plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype="float32").eval()
+    model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id, pad_token_id=0)
     return model, AutoTokenizer.from_pretrained(teacher)
 
 
@@ -71,6 +77,11 @@ def _title(pid: int) -> str:
 
 def _questions(count: int) -> list[Prompt]:
     return list(nano.problems(levels=nano.parse_levels(""), split="heldout", limit=count))
+
+
+def _nonsense(count: int) -> list[Prompt]:
+    """Questions of other lengths each that the teacher was never asked; on its own it is too sure to be random."""
+    return [Prompt(messages=({"role": "user", "content": "Coins? " * (1 + index)},)) for index in range(count)]
 
 
 def _requests(prompts: Sequence[Prompt], seed: int = 0) -> list[Request]:
@@ -137,9 +148,21 @@ def test_a_cut_completion_says_length(engine: Any) -> None:
         assert len(completion.text) < len(whole[uid].text)
 
 
+def test_sampling_that_the_engine_would_refuse_or_change_is_refused(engine: Any) -> None:
+    """vLLM takes temperatures of 0.01 to 2 and quietly changes smaller ones; a user gets one line instead."""
+    request = _requests(_questions(1))
+    for temperature in (0.001, 7.0):
+        if engine.name == "vllm":
+            with pytest.raises(UserError, match=f"temperature.*{temperature}"):
+                _texts(engine, request, {**GREEDY, "temperature": temperature})
+        else:
+            assert _texts(engine, request, {**GREEDY, "temperature": temperature})
+    assert _texts(engine, request, GREEDY)
+
+
 def test_a_seed_is_a_sample(engine: Any) -> None:
     """The same seeds give the same texts again, other seeds give others, and two samples of a prompt differ."""
-    prompts = _questions(1) * IN_FLIGHT
+    prompts = _nonsense(1) * IN_FLIGHT
     once, again = _texts(engine, _requests(prompts), HOT), _texts(engine, _requests(prompts), HOT)
     assert {uid: c.text for uid, c in once.items()} == {uid: c.text for uid, c in again.items()}
     others = _texts(engine, _requests(prompts, seed=1000), HOT)
@@ -225,11 +248,12 @@ def test_the_description_is_one_line_and_the_config_counts_flops(engine: Any) ->
 def test_a_sample_does_not_depend_on_its_neighbours(teacher: Path) -> None:
     """transformers: alone, in a batch, and in another order, a seed gives the same text."""
     engine = open_backend("transformers", str(teacher), concurrency=IN_FLIGHT)
-    requests = _requests(_questions(IN_FLIGHT))
+    requests = _requests(_nonsense(IN_FLIGHT))
     together = _texts(engine, requests, HOT)
     backwards = _texts(engine, requests[::-1], HOT)
     alone = {uid: c for request in requests for uid, c in _texts(engine, [request], HOT).items()}
     assert together == backwards == alone
+    assert len({completion.text for completion in together.values()}) == IN_FLIGHT
 
 
 def test_an_unknown_engine_argument_is_refused(teacher: Path) -> None:
@@ -255,9 +279,13 @@ def test_room_is_the_limit_or_what_the_context_leaves() -> None:
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, -2.0])
 
 
+def _streams(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def _draws(count: int, temperature: float, top_p: float) -> torch.Tensor:
     """Return how often each outcome is drawn by `count` rows of their own seeds, first step."""
-    sampler = SeededSampling(list(range(count)), temperature, top_p)
+    sampler = SeededSampling(_streams(*range(count)), temperature, top_p)
     noisy = sampler(torch.zeros(count, 1, dtype=torch.long), LOGITS.expand(count, -1).clone())
     return torch.bincount(noisy.argmax(-1), minlength=len(LOGITS)).double()
 
@@ -290,7 +318,7 @@ def test_seeded_sampling_draws_from_the_softmax(temperature: float, top_p: float
 
 def test_seeded_sampling_moves_on_and_keeps_rows_apart() -> None:
     """The second step of a row is independent of its first; equal seeds are equal rows, step by step."""
-    sampler = SeededSampling([5, 5, *range(4000)], 1.0, 1.0)
+    sampler = SeededSampling(_streams(5, 5, *range(4000)), 1.0, 1.0)
     scores, ids = LOGITS.expand(4002, -1).clone(), torch.zeros(4002, 1, dtype=torch.long)
     first, second = sampler(ids, scores).argmax(-1), sampler(ids, scores).argmax(-1)
     assert first[0] == first[1]

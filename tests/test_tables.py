@@ -33,7 +33,7 @@ def test_an_unknown_name_lists_the_known_and_suggests_the_nearest() -> None:
     [
         ("no_such_module_here:f", "cannot import 'no_such_module_here'"),
         ("json.no_such_part:f", r"cannot import 'json\.no_such_part'"),
-        ("json:dumsp", "module 'json' has no 'dumsp'; did you mean 'dumps'"),
+        ("json:dumsps", "module 'json' has no 'dumsps'; did you mean 'dumps'"),
         ("json:", "module 'json' has no ''"),
         (":f", "cannot import ''"),
         (".json:f", r"cannot import '\.json'"),
