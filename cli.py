@@ -198,9 +198,8 @@ def _speaker(name: str, config: GenerateConfig | EvalConfig, folder: str | None 
     from teachers.generate import Author
 
     model, trust = folder or resolve(name), config.trust_remote_code
-    template = config.chat_template if isinstance(config, EvalConfig) else None
     reasoning = config.reasoning if isinstance(config, GenerateConfig) else "auto"
-    tokenizer = load_tokenizer(model, chat_template=template, trust_remote_code=trust)
+    tokenizer = load_tokenizer(model, chat_template=config.chat_template, trust_remote_code=trust)
     think = "<think>" in str(tokenizer.chat_template or "") if reasoning == "auto" else reasoning == "think"
     backend, why = choose_backend(config.backend, model)
 
@@ -211,7 +210,7 @@ def _speaker(name: str, config: GenerateConfig | EvalConfig, folder: str | None 
             model,
             concurrency=config.concurrency,
             engine_args=config.engine_arg,
-            chat_template=template,
+            chat_template=config.chat_template,
             trust_remote_code=trust,
         )
 

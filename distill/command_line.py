@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -96,8 +96,9 @@ def _parameter(key: str, field: FieldInfo) -> inspect.Parameter:
     many = get_origin(field.annotation) is list
     default = _shown(field.get_default(call_default_factory=True))
     if extra.get("argument"):
-        info = typer.Argument(metavar=key.upper(), help=text, show_default=False)
-        return _option(key, list[str] if many else str, info)
+        info = typer.Argument(metavar=key.upper() + ("..." if many else ""), help=text, show_default=False)
+        annotation: Any = Annotated[list[str] if many else str, info]
+        return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
     if bool in kinds:
         return _option(key, bool, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False))
     names = (f"-{key}", flag) if len(key) == 1 else (flag,)
@@ -113,17 +114,14 @@ def _shown(default: Any) -> str:
 
 
 def _metavar(field: FieldInfo) -> str:
-    """Return INT, NUMBER, PATH or TEXT: values travel as text and pydantic reads them, so errors look alike."""
+    """Return the choices, INT, NUMBER, PATH or TEXT: values travel as text and pydantic reads them."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+    if choices:
+        return "|".join(map(str, choices))
     named = str(field.annotation)
-    for part, metavar in (
-        ("Path", "PATH"),
-        ("float", "NUMBER"),
-        ("int", "INT"),
-        ("Literal", "|".join(map(str, get_args(field.annotation)))),
-    ):
-        if part in named:
-            return metavar
-    return "TEXT"
+    shown = {"Path": "PATH", "float": "NUMBER", "int": "INT"}
+    return next((metavar for part, metavar in shown.items() if part in named), "TEXT")
 
 
 def _option(key: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:

@@ -57,6 +57,7 @@ class Engine(Section):
     engine_arg: list[str] = Field(
         default_factory=list, description="key=value passed to the backend, e.g. dtype=bfloat16 (repeatable)."
     )
+    chat_template: Path | None = Field(None, description="A Jinja file used where the model has no chat template.")
     trust_remote_code: bool = Field(False, description="Run Python code shipped inside a model folder.")
 
 
@@ -76,7 +77,9 @@ class GenerateConfig(Sampling, Engine):
     system_prompt: str | None = Field(None, description="A system message put before every question that has none.")
     skip_bad_rows: bool = Field(False, description="Leave out rows without a question or gold instead of refusing.")
     verifier: str = Field("auto", description="auto (math where there is a gold), math, none, or pkg.mod:function.")
-    keep: str = Field("correct", description="correct, any, or best-of:N (the N shortest correct ones of a prompt).")
+    keep: str = Field(
+        "correct", description="correct, any (right or wrong), or best-of:N (a prompt's N shortest correct)."
+    )
     drop: str = Field(
         "truncated,malformed,duplicate", description="Filters that reject, comma-separated; the others only flag."
     )

@@ -104,20 +104,19 @@ def run_demo(config: DemoConfig, command: Sequence[str]) -> dict[str, Any]:
     total, finished = len(waiting), set[str]()
     running: dict[Future[float], Step] = {}
     with ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1))) as pool:
-        while waiting or running:
-            for step in [step for step in waiting.values() if finished.issuperset(step.needs)]:
-                running[pool.submit(_run, step, config.out / "logs", command)] = waiting.pop(step.name)
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                step = running.pop(future)
-                error = future.exception()
-                if error is not None:
-                    waiting.clear()  # what runs may finish; nothing new starts
-                    for other in running:
-                        other.cancel()
-                    raise error
-                finished.add(step.name)
-                say(f"  [{len(finished)}/{total}] {step.name}: {future.result():.0f} s")
+        try:
+            while waiting or running:
+                for step in [step for step in waiting.values() if finished.issuperset(step.needs)]:
+                    running[pool.submit(_run, step, config.out / "logs", command)] = waiting.pop(step.name)
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    step = running.pop(future)
+                    seconds = future.result()
+                    finished.add(step.name)
+                    say(f"  [{len(finished)}/{total}] {step.name}: {seconds:.0f} s")
+        except BaseException:  # a step failed, or Ctrl-C: what runs may finish, nothing new starts
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     say(f"demo finished in {time.monotonic() - began:.0f} s")
     result: dict[str, Any] = json.loads((config.out / "compare.json").read_text(encoding="utf-8"))
     return result

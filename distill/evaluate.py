@@ -47,8 +47,8 @@ def sample_score(trace: Trace) -> float:
 
 
 def gave_answer(trace: Trace) -> bool:
-    """Return whether a sample answered at all: it ended by itself and the verifier could read an answer."""
-    return trace.finish_reason not in ("length", "error") and trace.predicted not in (None, "")
+    """Return whether a sample answered at all: it ended by itself and an answer was read, or it was found right."""
+    return trace.finish_reason not in ("length", "error") and (bool(trace.predicted) or sample_score(trace) > 0)
 
 
 def load_evaluation(folder: Path) -> Evaluation:
@@ -111,6 +111,7 @@ def summarise(samples: Iterable[Trace], *, samples_per_question: int) -> dict[st
         groups.setdefault(trace.prompt_uid, []).append(trace)
     if not groups or any(len(group) != samples_per_question for group in groups.values()):
         raise ValueError(f"every question needs {samples_per_question} samples")
+    groups = dict(sorted(groups.items()))  # the order of completion must not reach the last digit of a mean
     scores = {uid: [sample_score(trace) for trace in group] for uid, group in groups.items()}
     per_question = [math.fsum(values) / samples_per_question for values in scores.values()]
     accuracy, stderr = mean_and_stderr(per_question)
@@ -120,7 +121,7 @@ def summarise(samples: Iterable[Trace], *, samples_per_question: int) -> dict[st
         "pass@1": accuracy,
         "pass@k": _mean(pass_at_k(samples_per_question, c, samples_per_question) for c in right),
         "maj@k": _mean(majority_score(group) for group in groups.values()),
-        "stderr": stderr,
+        "stderr": stderr if math.isfinite(stderr) else None,  # one question has none, and nan is not JSON
         "ci95": list(accuracy_interval(per_question, samples_per_question=samples_per_question)),
         "truncated": _mean(trace.finish_reason == "length" for trace in everything),
         "no_answer": _mean(not gave_answer(trace) for trace in everything),

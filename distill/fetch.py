@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.dtypes import DTYPES
 from distill.errors import RunError, UserError
 from distill.gguf_files import REPAIRS, load_gguf_model, load_gguf_tokenizer, read_metadata
 from distill.hub import is_gguf, one_line
-from distill.models import DTYPES, end_token_ids, fingerprint, load_model, load_tokenizer, locate
+from distill.models import end_token_ids, fingerprint, load_model, load_tokenizer, locate
 from distill.progress import Meter, say
 from distill.tables import suggest
 

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.dtypes import torch_dtype
 from distill.errors import UserError
-from distill.hub import one_line
+from distill.hub import one_line, require_gguf
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not a GGUF file, or the gguf extra is missing.
     """
-    from distill.models import require_gguf
-
     require_gguf(str(path))
     from gguf import GGUFReader, LlamaFileType
 
@@ -153,8 +152,6 @@ def load_gguf_model(path: Path, *, dtype: str = "float32") -> Any:
         UserError: not a GGUF file, an architecture transformers cannot read, or broken weights.
     """
     from transformers import AutoModelForCausalLM
-
-    from distill.models import require_gguf, torch_dtype
 
     require_gguf(str(path))
     wanted = torch_dtype(dtype)

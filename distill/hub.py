@@ -5,6 +5,7 @@ A name that leads nowhere is one line that says what was tried. Nothing is loade
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -18,6 +19,12 @@ SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 def is_gguf(model: str) -> bool:
     """Return whether a name means a GGUF file."""
     return model.endswith(".gguf")
+
+
+def require_gguf(model: str) -> None:
+    """Raise UserError unless the `gguf` extra is installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {model} needs the gguf extra: pip install 'distill[gguf]'")
 
 
 def locate(model: str, *, weights: bool = False, trust_remote_code: bool = False) -> Path:
@@ -44,7 +51,7 @@ def locate(model: str, *, weights: bool = False, trust_remote_code: bool = False
 
 def _from_hub(model: str, weights: bool, trust_remote_code: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     patterns = [*SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
@@ -56,7 +63,7 @@ def _from_hub(model: str, weights: bool, trust_remote_code: bool) -> Path:
         raise UserError(f"the hub's model {model!r} is gated: accept its terms there and log in") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"no model {model!r}: no folder of that name here, and the hub has none") from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # no network shows itself in many ways: OSError, the HTTP client's own, a missing cache
         raise UserError(
             f"no model {model!r}: no folder of that name here, not in the hub's cache, and the hub was not reached "
             f"({'HF_HUB_OFFLINE is set' if _hub_is_offline() else one_line(error)})"

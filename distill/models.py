@@ -10,19 +10,17 @@ does not fetch or convert for keeping (`distill.fetch`).
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from distill.dtypes import torch_dtype
 from distill.errors import UserError
 from distill.hub import is_gguf, locate, one_line
 from distill.identity import model_identity
-from distill.tables import suggest
 
 __all__ = [
-    "DTYPES",
     "context_length",
     "end_token_ids",
     "fingerprint",
@@ -31,12 +29,9 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "model_identity",
-    "torch_dtype",
 ]
 
 log = logging.getLogger(__name__)
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # Texts on which a rebuilt tokenizer betrays itself: spaces, runs of them before digits, scripts, emoji, accents in two
 # code points, line ends. Compared without special tokens, since a config may rightly say whether BOS is added.
@@ -131,19 +126,6 @@ def _disagreement(tokenizer: Any, file: Path) -> str | None:
     return None
 
 
-def torch_dtype(dtype: str) -> Any:
-    """Return the torch dtype of a name in `DTYPES`.
-
-    Raises:
-        UserError: another name.
-    """
-    import torch
-
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}: known are {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
-    return getattr(torch, dtype)
-
-
 def load_model(model: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> Any:
     """Return a causal language model on CPU, its weights held in `dtype`.
 
@@ -181,12 +163,6 @@ def load_model(model: str, *, dtype: str = "float32", trust_remote_code: bool = 
     if missing:  # transformers would go on with random numbers there
         raise UserError(f"the weights of {model} lack {len(missing)} tensors its config asks for, e.g. {missing[0]}")
     return loaded
-
-
-def require_gguf(model: str) -> None:
-    """Raise UserError unless the `gguf` extra is installed."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading {model} needs the gguf extra: pip install 'distill[gguf]'")
 
 
 def fingerprint(tokenizer: Any) -> str:

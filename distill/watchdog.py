@@ -31,9 +31,17 @@ def guard() -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # Our own guardian's mark must not be on it: the two would be killed at once, and what we started would stay.
+        env={name: value for name, value in child_environment().items() if name != MARK},
     )
     _watchers[os.getpid()] = watcher
     os.environ[MARK] = token
+
+
+def child_environment(**settings: str) -> dict[str, str]:
+    """Return our environment for a Python child that must import what we import, installed or not."""
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    return {**os.environ, "PYTHONPATH": path, **settings}
 
 
 def marked(token: str) -> list[int]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.dtypes import torch_dtype
 from distill.errors import UserError
-from distill.models import end_token_ids, load_model, torch_dtype
+from distill.models import end_token_ids, load_model
 from distill.tables import suggest
 from students.presets import PRESETS, is_preset, resolve_preset
 from students.prune import parse_prune, prune

@@ -31,7 +31,7 @@ def truncated(trace: Trace, siblings: Siblings) -> bool:
 
 
 def malformed(trace: Trace, siblings: Siblings) -> bool:
-    """The reasoning tags are missing where required, doubled or unclosed, or the answer is empty."""
+    """The reasoning tags are missing where required, doubled or unclosed, the answer is empty, or it is no text."""
     return any(flag.startswith("malformed") for flag in trace.flags)
 
 
@@ -55,6 +55,10 @@ def with_flags(trace: Trace, *, think: bool) -> Trace:
     """
     parts = split_reasoning(trace.completion, required=think)
     flags = [f"malformed: {parts.fault}"] if parts.fault else []
+    try:
+        trace.completion.encode("utf-8")
+    except UnicodeEncodeError:  # no tokenizer takes it, and no reader of kept.jsonl
+        flags.append("malformed: a lone surrogate")
     if not parts.answer and not parts.fault:
         flags.append("malformed: empty answer")
     return replace(trace, reasoning=parts.reasoning, answer=parts.answer, flags=tuple(flags))

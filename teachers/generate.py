@@ -305,6 +305,8 @@ def run_filter(config: FilterConfig) -> dict[str, Any]:
             shutil.copy2(config.store / MANIFEST, out / MANIFEST)
         judge = make_judge(latest(config.store), keep=keep, drop=drop)
         funnel = write_views(config.store, out, judge)
+    if not funnel["samples"]:
+        raise RunError(f"{config.store} holds no trace yet")
     if not funnel["kept"]:
         raise RunError(f"none of {funnel['samples']} traces survived: see {out / 'rejected.jsonl'}")
     return {**funnel, "out": str(out)}

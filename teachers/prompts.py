@@ -169,7 +169,9 @@ def final_answer(text: str) -> str:
     marked = list(re.finditer(r"####[ \t]*(\S[^\n]*)", text))
     boxed = last_boxed(text[marked[-1].start() :] if marked else text)
     if marked and not boxed:
-        return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", marked[-1][1].strip())
+        answer = marked[-1][1].strip()
+        grouped = re.fullmatch(r"[^\d(\[{]*\d{1,3}(,\d{3})+(\.\d+)?[^\d,]*", answer)  # 1,234 and not (1,234)
+        return answer.replace(",", "") if grouped else answer
     return boxed or text.strip()
 
 

@@ -71,16 +71,21 @@ def test_flags_are_texts_and_files_are_typed() -> None:
 
 @pytest.mark.parametrize(
     ("key", "near"),
-    [("temprature", "temperature"), ("top-p", "top_p"), ("max_tokens_length", None), ("learning_rate", None), (3, None)],
+    [
+        ("temprature", "temperature"),
+        ("top-p", "top_p"),
+        ("max_tokens_length", None),
+        ("learning_rate", None),
+        (3, None),
+    ],
 )
 def test_an_unknown_key_is_refused_and_the_nearest_suggested(tmp_path: Path, key: Any, near: str | None) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**NEEDED, key: 1}))
     with pytest.raises(UserError) as refused:
-        build(GenerateConfig, recipe(tmp_path, **NEEDED) if near is None else None, NEEDED)
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({**NEEDED, key: 1}))
         build(GenerateConfig, path, {})
     message = str(refused.value)
-    assert message.startswith(f"{tmp_path / 'recipe.yaml'}: unknown option {key!r}")
+    assert message.startswith(f"{path}: unknown option {key!r}")
     assert near is None or message.endswith(f"did you mean {near!r}?")
 
 
@@ -123,7 +128,9 @@ def test_every_fault_is_told_at_once() -> None:
 
 
 def test_what_is_missing_is_named_as_its_flag() -> None:
-    with pytest.raises(UserError, match=r"^--mode is required; --student is required; --data is required; --out is required$"):
+    with pytest.raises(
+        UserError, match=r"^--mode is required; --student is required; --data is required; --out is required$"
+    ):
         build(TrainConfig, None, {})
     with pytest.raises(UserError, match="is required"):
         build(FilterConfig, None, {})
@@ -158,7 +165,7 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, fault: str) ->
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read the recipe .*absent\.yaml: No such file"):
         read_yaml(tmp_path / "absent.yaml")
-    with pytest.raises(UserError, match="cannot read the recipe .*: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot read the recipe .*: Is a directory"):
         read_yaml(tmp_path)
 
 
@@ -184,10 +191,10 @@ def test_any_values_are_a_config_or_refused(given_values: dict[str, Any]) -> Non
     try:
         built = build(GenerateConfig, None, NEEDED | given_values)
     except UserError as refused:
-        assert "--" in str(refused)
+        message = str(refused)
     else:
-        assert math.isfinite(built.temperature)
-        assert built.n >= 1
+        message = f"--temperature {built.temperature}" if math.isfinite(built.temperature) and built.n >= 1 else ""
+    assert message.startswith("--")
 
 
 def test_configs_are_frozen_and_sampling_is_what_shapes_a_completion() -> None:

@@ -166,7 +166,7 @@ def test_flags_in_running_text_exist() -> None:
     allowed = flags | {"--help", "--editable", "--yes"}
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
-            for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", span):
+            for flag in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", span):
                 assert flag in allowed, f"{page.name}: {flag} in `{span}`"
 
 
@@ -371,39 +371,22 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_doors_open(extended: Path, tmp_path: Path) -> None:
-    start(
-        [
-            "generate",
-            "--prompts",
-            "nano",
-            "--limit",
-            "4",
-            "--backend",
-            "oracle",
-            "--verifier",
-            "exact",
-            "--keep",
-            "any",
-            "--out",
-            "g",
-        ],
-        tmp_path,
-        extended,
-    )
+    doors = ["--backend", "oracle", "--verifier", "exact", "--keep", "any"]
+    start(["generate", "--prompts", "nano", "--limit", "4", *doors, "--out", "g"], tmp_path, extended)
     journal = (tmp_path / "g/traces.jsonl").read_text(encoding="utf-8").splitlines()
     traces = [json.loads(line) for line in journal]
     assert [trace["backend"] for trace in traces] == ["oracle"] * 4
     assert {trace["verdicts"][-1]["verifier"] for trace in traces} == {"exact"}
     train = ["train", "--student", "llama-nano", "--data", "g", "--max-steps", "1", "--tokenizer", "nano"]
     start([*train, "--mode", "smoothed-labels", "--out", "a"], tmp_path, extended)
-    soft = ["--mode", "soft-logits", "--teacher", "nano", "--divergence", "le_cam", "--align", "prefix", "--out", "b"]
-    start([*train, *soft], tmp_path, extended)
+    soft = ["--mode", "soft-logits", "--teacher", "nano", "--divergence", "le_cam", "--align", "prefix"]
+    start([*train, *soft, "--out", "b"], tmp_path, extended)
     assert json.loads((tmp_path / "b/run.json").read_text(encoding="utf-8"))["metrics"]["divergence"] > 0
 
 
 def test_what_is_registered_is_tested(extended: Path) -> None:
     wanted = ["tests/test_divergences.py", "tests/test_losses.py", "tests/test_floors.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-v", *wanted]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *wanted]
     environment = {**os.environ, "PYTHONPATH": str(extended)}
     command += ["-k", "le_cam or smoothed_labels or this_house"]
     done = subprocess.run(command, cwd=extended, env=environment, capture_output=True, text=True)

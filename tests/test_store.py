@@ -188,7 +188,9 @@ def test_a_full_disk_loses_no_finished_sample_and_leaves_no_half_line(tmp_path: 
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == second
-    assert first.startswith(f"cannot write {tmp_path / 's' / JOURNAL}: File too large; everything finished before is kept")
+    assert first.startswith(
+        f"cannot write {tmp_path / 's' / JOURNAL}: File too large; everything finished before is kept"
+    )
     assert list(read_traces(tmp_path / "s")) == [trace(0), trace(1), trace(3, completion="")]
     fill(tmp_path / "s", [trace(2)])
     assert len(list(read_traces(tmp_path / "s"))) == 4
@@ -212,34 +214,40 @@ for size in (2_000, 2_000_000):  # refused at the last flush, and in the middle 
     path = tmp_path / KEPT
     path.write_text("old\n")
     done = child(code, path)
-    assert done.stdout.splitlines() == [
-        f"cannot write {path}: File too large; everything finished before is kept, run the same command again"
-    ] * 2, done.stderr
+    assert (
+        done.stdout.splitlines()
+        == [f"cannot write {path}: File too large; everything finished before is kept, run the same command again"] * 2
+    ), done.stderr
     assert path.read_text() == "old\n"
     assert list(tmp_path.iterdir()) == [path]
 
 
+def write(path: Path, text: str, *, full: bool = False) -> None:
+    """Replace a file; with `full`, every write from here on meets a device without space."""
+    with replacing(path) as stream:
+        stream.write(text)
+        if full:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), stream.fileno())
+
+
 def test_no_space_is_named_as_such(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"view: no space left on the disk; .* run the same command again"):
-        with replacing(tmp_path / "view") as stream:
-            stream.flush()
-            os.dup2(os.open("/dev/full", os.O_WRONLY), stream.fileno())  # every write from here on: ENOSPC
-            stream.write("x")
+        write(tmp_path / "view", "x", full=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_takes_no_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cannot write .*view: No such file or directory"):
-        with replacing(tmp_path / "absent" / "view"):
-            pass
+        write(tmp_path / "absent" / "view", "x")
 
 
 def test_an_error_inside_the_block_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "view"
-    path.write_text("old")
+    write(path, "old")
     with pytest.raises(ZeroDivisionError), replacing(path) as stream:
-        stream.write("new")
-        _ = 1 / 0
+        stream.write(str(1 / 0))
+    with pytest.raises(UnicodeEncodeError):
+        write(path, "\ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -275,10 +283,10 @@ def test_reading_what_is_no_store(tmp_path: Path, name: str) -> None:
 
 def test_an_output_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot use .*file as the output folder"):
+    with pytest.raises(UserError, match=r"cannot use .*file as the output folder"):
         TraceStore(tmp_path / "file")
     (tmp_path / "s" / JOURNAL).mkdir(parents=True)
-    with pytest.raises(UserError, match="cannot use .*s as the output folder"):
+    with pytest.raises(UserError, match=r"cannot use .*s as the output folder"):
         TraceStore(tmp_path / "s")
 
 
@@ -289,7 +297,7 @@ def test_read_lines_skips_blank_lines_and_counts_them(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": 1}\n\n{"a": 2\n')
     with pytest.raises(UserError, match="line 3 is not JSON"):
         list(read_lines(path))
-    with pytest.raises(UserError, match="cannot read .*absent.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*absent.jsonl: No such file"):
         list(read_lines(tmp_path / "absent.jsonl"))
 
 
@@ -375,7 +383,12 @@ def test_views_can_be_written_elsewhere_and_with_new_verdicts(tmp_path: Path) ->
     fill(tmp_path / "s", [trace(0)])
     (tmp_path / "v").mkdir()
     verdict = Verdict(verifier="v", version="1", score=1.0)
-    write_views(tmp_path / "s", tmp_path / "v", lambda t: () if t.score else ("wrong",), lambda t: replace(t, verdicts=(verdict,)))
+    write_views(
+        tmp_path / "s",
+        tmp_path / "v",
+        lambda t: () if t.score else ("wrong",),
+        lambda t: replace(t, verdicts=(verdict,)),
+    )
     assert [row["verdicts"][0]["score"] for _, row in read_lines(tmp_path / "v" / KEPT)] == [1.0]
     assert not (tmp_path / "s" / KEPT).exists()
     assert list(read_traces(tmp_path / "s")) == [trace(0)]

@@ -45,7 +45,9 @@ def test_a_path_that_leads_nowhere_is_one_line(path: str, message: str) -> None:
         lookup({}, path, "thing")
 
 
-@pytest.mark.parametrize("code", ["def broken(:\n", "import no_such_module_here\n", "raise RuntimeError('at import')\n"])
+@pytest.mark.parametrize(
+    "code", ["def broken(:\n", "import no_such_module_here\n", "raise RuntimeError('at import')\n"]
+)
 def test_a_users_module_that_does_not_import_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
@@ -59,9 +61,10 @@ def test_a_users_module_that_does_not_import_is_one_line(
 @given(name=st.text(max_size=20))
 def test_any_name_is_found_or_refused(name: str) -> None:
     try:
-        assert lookup(TABLE, name, "thing") in (json.dumps, json.loads)
+        found = lookup(TABLE, name, "thing")
     except UserError as refused:
-        assert repr(name) in str(refused) or ":" in name
+        found = str(refused)
+    assert found in (json.dumps, json.loads) or found.startswith(("unknown thing", "cannot import", "module"))
 
 
 def test_suggest_is_silent_when_nothing_is_near() -> None:
@@ -79,7 +82,9 @@ def test_bind_fixes_keyword_only_options() -> None:
     assert bind(scaled, {}, "scaled") is scaled
 
 
-@pytest.mark.parametrize(("option", "hint"), [("facto", "did you mean 'factor'"), ("value", "accepted are factor, shift")])
+@pytest.mark.parametrize(
+    ("option", "hint"), [("facto", "did you mean 'factor'"), ("value", "accepted are factor, shift")]
+)
 def test_bind_refuses_what_is_no_keyword_only_option(option: str, hint: str) -> None:
     with pytest.raises(UserError, match=f"scaled takes no option '{option}'.*{hint}"):
         bind(scaled, {option: 1.0}, "scaled")

@@ -11,9 +11,14 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
+# Here and not inside a function: it takes seconds, and no verdict's time limit should pay for it.
+from math_verify import parse, verify
+
 from distill.records import Trace, Verdict
 
 NAME = "math"
+
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns about the limits we replaced
 
 
 def math(trace: Trace) -> Verdict:
@@ -21,7 +26,6 @@ def math(trace: Trace) -> Verdict:
 
     A gold that cannot be read, or no gold, gives no score: it never counts as correct.
     """
-    verify = _quiet_math_verify()[1]
     if trace.gold is None:
         return Verdict(verifier=NAME, version=_version(), score=None, reason="no gold")
     gold = _gold(trace.gold)
@@ -37,14 +41,6 @@ def math(trace: Trace) -> Verdict:
 
 
 @lru_cache(maxsize=1)
-def _quiet_math_verify() -> tuple[Any, Any]:
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns about the limits we replaced
-    return parse, verify
-
-
-@lru_cache(maxsize=1)
 def _version() -> str:
     return f"math-verify {version('math-verify')}"
 
@@ -53,9 +49,9 @@ def _version() -> str:
 def _gold(text: str) -> list[Any]:
     """Return the gold's readings, none when it is not a whole mathematical expression (`\\frac{`)."""
     text = text.replace("\\$", "")  # an escaped dollar sign is a currency, not a delimiter
-    parsed = list(_quiet_math_verify()[0](text if "$" in text else f"${text}$", parsing_timeout=None))
+    parsed = list(parse(text if "$" in text else f"${text}$", parsing_timeout=None))
     return parsed if any(not isinstance(reading, str) for reading in parsed) else []
 
 
 def _answer(text: str) -> list[Any]:
-    return list(_quiet_math_verify()[0](text, parsing_timeout=None))
+    return list(parse(text, parsing_timeout=None))

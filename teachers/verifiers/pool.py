@@ -13,6 +13,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ from typing import Any
 from distill.errors import RunError, UserError
 from distill.records import Trace, Verdict
 from distill.store import dump_line
-from distill.watchdog import guard
+from distill.watchdog import child_environment, guard
 
 START_SECONDS = 120.0  # importing a computer-algebra system on a busy machine
 MEMORY_BYTES = 4 << 30
@@ -31,24 +32,32 @@ class _Worker:
     """One process, what it is judging, and until when."""
 
     def __init__(self, name: str) -> None:
+        # A file, because a pipe that nobody reads would stop a talkative verifier; closed by `kill`.
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "teachers.verifiers.worker", name, str(MEMORY_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
             start_new_session=True,  # Ctrl-C is the parent's to handle
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
         )
         self.buffer = b""
         self.job: tuple[Any, Trace] | None = None
         self.ready = False
         self.deadline = time.monotonic() + START_SECONDS
 
+    def last_words(self) -> str:
+        """Return the last line the process wrote to stderr."""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
             if stream:
                 with contextlib.suppress(OSError):
                     stream.close()
@@ -165,10 +174,10 @@ class VerifierPool:
         self.finished.append((key, trace, Verdict(**reply)))
 
     def _give_up(self, worker: _Worker, reason: str) -> None:
-        job, was_ready = worker.job, worker.ready
+        job, was_ready, words = worker.job, worker.ready, worker.last_words()
         self._stop(worker)
         if not was_ready:
-            raise RunError(f"the verifier {self.name!r} does not start ({reason})")
+            raise RunError(f"the verifier {self.name!r} does not start ({reason}: {words})")
         if job is not None:
             verdict = Verdict(verifier=self.name, version="", score=None, reason=reason)
             self.finished.append((*job, verdict))

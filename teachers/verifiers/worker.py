@@ -20,20 +20,17 @@ from teachers.verifiers import VERIFIERS
 
 
 def judge(verifier: Callable[[Trace], Verdict], name: str, trace: Trace) -> Verdict:
-    """Run a verifier on any text: whatever it raises becomes a verdict without a score."""
+    """Run a verifier on any text: whatever it raises, or returns amiss, becomes a verdict without a score."""
     try:
         verdict = verifier(trace)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"returned {type(verdict).__name__}, not a Verdict")
+        if verdict.score is not None and not 0 <= verdict.score <= 1:
+            raise ValueError(f"score {verdict.score} outside [0, 1]")
+        json.dumps(asdict(verdict))  # what cannot be handed over is refused here and not in the middle of a line
     except (Exception, RecursionError, MemoryError) as error:  # user functions and parsers may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return Verdict(verifier=name, version="", score=None, reason=reason)
-    if not isinstance(verdict, Verdict):
-        return Verdict(
-            verifier=name, version="", score=None, reason=f"returned {type(verdict).__name__}, not a Verdict"
-        )
-    if verdict.score is not None and not 0 <= verdict.score <= 1:
-        return Verdict(
-            verifier=name, version=verdict.version, score=None, reason=f"score {verdict.score} outside [0, 1]"
-        )
     return verdict
 
 

@@ -1,0 +1,182 @@
+"""Evaluations: closed forms of every number in eval.json, and bits per byte against an independent computation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.evaluate import bits_per_byte, majority_score, strata, summarise
+from distill.records import Trace, Verdict
+from distill.store import write_json
+
+
+def sample(question: int, index: int, predicted: str | None, *, right: bool = False, **changes: Any) -> Trace:
+    """Return a judged sample; `predicted` None: no answer was found in it."""
+    verdict = Verdict(verifier="v", version="1", score=float(right), predicted=predicted)
+    made = Trace(
+        uid=f"{question}-{index}",
+        prompt_uid=f"q{question}",
+        messages=({"role": "user", "content": "?"},),
+        completion="",
+        reasoning="",
+        answer="",
+        finish_reason="stop",
+        num_prompt_tokens=1,
+        num_completion_tokens=10 * question + index,
+        sample_index=index,
+        seed=0,
+        teacher="t",
+        backend="b",
+        predicted=predicted,
+        verdicts=(verdict,),
+    )
+    return replace(made, **changes)
+
+
+def group(question: int, answers: str) -> list[Trace]:
+    """Return a question's samples: R right, another letter a wrong answer of that text, - none."""
+    return [
+        sample(question, index, None if letter == "-" else letter, right=letter == "R")
+        for index, letter in enumerate(answers)
+    ]
+
+
+def test_closed_forms() -> None:
+    samples = group(0, "RRab") + group(1, "aabR") + group(2, "----")
+    found = summarise(samples, samples_per_question=4)
+    means = [0.5, 0.25, 0.0]
+    mean = sum(means) / 3
+    assert found["pass@1"] == pytest.approx(mean)
+    assert found["pass@k"] == pytest.approx(2 / 3)  # of 4 samples 4 are drawn: any right one counts
+    assert found["maj@k"] == pytest.approx((1 + 0 + 0) / 3)
+    assert found["stderr"] == pytest.approx(math.sqrt(sum((m - mean) ** 2 for m in means) / 2 / 3))
+    assert 0 <= found["ci95"][0] < mean < found["ci95"][1] <= 1
+    assert (found["truncated"], found["no_answer"]) == (0, pytest.approx(4 / 12))
+    assert found["mean_completion_tokens"] == pytest.approx(10 + 1.5)
+    assert (found["questions"], found["samples_per_question"]) == (3, 4)
+
+
+def test_one_sample_each_is_a_proportion_with_wilsons_interval() -> None:
+    found = summarise([t for q in range(100) for t in group(q, "R" if q < 40 else "a")], samples_per_question=1)
+    assert found["pass@1"] == found["pass@k"] == found["maj@k"] == pytest.approx(0.4)
+    assert found["stderr"] == pytest.approx(math.sqrt(0.4 * 0.6 / 99))
+    assert found["ci95"] == pytest.approx([0.3094, 0.4980], abs=0.005)
+
+
+@given(answers=st.lists(st.text("Rab-", min_size=3, max_size=3), min_size=1, max_size=6), data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_the_order_of_samples_changes_nothing(answers: list[str], data: st.DataObject) -> None:
+    samples = [t for question, letters in enumerate(answers) for t in group(question, letters)]
+    found = summarise(samples, samples_per_question=3)
+    assert json.dumps(summarise(data.draw(st.permutations(samples)), samples_per_question=3)) == json.dumps(found)
+    assert found["pass@1"] <= found["pass@k"] + 1e-12
+    assert found["pass@1"] == pytest.approx(sum(letters.count("R") for letters in answers) / 3 / len(answers))
+    assert found["pass@k"] == pytest.approx(sum("R" in letters for letters in answers) / len(answers))
+    assert found["no_answer"] == pytest.approx(sum(letters.count("-") for letters in answers) / 3 / len(answers))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [{"finish_reason": "length"}, {"finish_reason": "error", "error": "the engine died"}],
+    ids=["length", "error"],
+)
+def test_a_sample_that_was_cut_is_wrong_and_no_answer_whatever_stands_in_it(cut: dict[str, str]) -> None:
+    right = sample(0, 0, "42", right=True)
+    assert summarise([right], samples_per_question=1)["pass@1"] == 1.0
+    found = summarise([replace(right, **cut)], samples_per_question=1)
+    assert (found["pass@1"], found["pass@k"], found["maj@k"], found["no_answer"]) == (0, 0, 0, 1)
+    assert found["truncated"] == float(cut["finish_reason"] == "length")
+
+
+def test_an_unjudged_sample_is_wrong() -> None:
+    judged = Verdict(verifier="v", version="1", score=None, reason="timeout")
+    for verdicts in ((), (judged,)):
+        assert summarise([sample(0, 0, "1", verdicts=verdicts)], samples_per_question=1)["pass@1"] == 0.0
+
+
+@pytest.mark.parametrize("samples", [[], group(0, "R"), group(0, "RR") + group(1, "R"), group(0, "RRR")])
+def test_every_question_needs_its_samples(samples: list[Trace]) -> None:
+    with pytest.raises(ValueError, match="every question needs 2 samples"):
+        summarise(samples, samples_per_question=2)
+
+
+@given(letters=st.text("Rab-", min_size=1, max_size=6))
+def test_a_majority_is_drawn_by_lot_among_the_most_frequent(letters: str) -> None:
+    votes = [letter for letter in letters if letter != "-"]
+    most = max((votes.count(letter) for letter in votes), default=0)
+    winners = {letter for letter in votes if votes.count(letter) == most}
+    expected = ("R" in winners) / len(winners) if winners else 0.0
+    assert majority_score(group(0, letters)) == pytest.approx(expected)
+
+
+def test_right_answers_are_one_class_however_they_are_written() -> None:
+    written = [sample(0, i, text, right=text != "3") for i, text in enumerate(["1/2", "0.5", "3", "3", "\\frac{1}{2}"])]
+    assert majority_score(written) == 1.0
+
+
+def test_one_question_has_no_error_and_its_summary_is_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "eval.json", summarise(group(0, "Ra"), samples_per_question=2))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = json.loads((tmp_path / "eval.json").read_text(), parse_constant=refuse)
+    assert found["stderr"] is None
+    assert found["pass@1"] == 0.5
+
+
+def test_strata() -> None:
+    samples = [replace(t, meta={"level": q}) for q in (2, 1) for t in group(q, "Ra" if q == 1 else "aa")]
+    assert strata([*samples, *group(9, "R")], "level") == {"1": 0.5, "2": 0.0}
+    assert strata(group(0, "R"), "level") == {}
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}],
+    [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>é 数</think>\nbecause"}],
+    [{"role": "system", "content": "s"}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "x" * 40}],
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_bits_per_byte_equals_the_sum_over_plain_logits(
+    family: str, tokenizer: Any, make_model: Callable[..., Any]
+) -> None:
+    """With a byte tokenizer the ids are the bytes; ChatML's turns and the end token are known."""
+    import torch
+
+    model = make_model(family).eval()
+    bits = 0.0
+    num_bytes = 0
+    for messages in CONVERSATIONS:
+        asked = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages[:-1])
+        prompt = tokenizer(asked + "<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+        answer = [*tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + answer])).logits[0].double()
+        logp = torch.log_softmax(logits, -1)
+        for position, token in enumerate(answer, len(prompt)):
+            bits -= logp[position - 1, token].item() / math.log(2)
+        num_bytes += len(messages[-1]["content"].encode())
+    results = [bits_per_byte(model, tokenizer, CONVERSATIONS, batch_size=size) for size in (1, 2, 8)]
+    for found in results:
+        assert found["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)
+        assert found["bytes"] == num_bytes
+        assert found["tokens"] == num_bytes + len(CONVERSATIONS)
+        assert found["conversations"] == 3
+    for one, other in itertools.pairwise(results):
+        assert one["bits_per_byte"] == pytest.approx(other["bits_per_byte"], rel=1e-6)
+
+
+def test_bits_per_byte_needs_a_conversation(tokenizer: Any, make_model: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="at least one conversation"):
+        bits_per_byte(make_model(), tokenizer, [])
