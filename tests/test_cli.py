@@ -187,7 +187,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "recipe not YAML": (GENERATE + "--config {w}/not.yaml", ["not.yaml", "not YAML"]),
     "recipe not a mapping": (GENERATE + "--config {w}/list.yaml", ["list.yaml", "mapping"]),
     "recipe missing": (GENERATE + "--config {w}/none.yaml", ["none.yaml"]),
-    "filter without a store": ("filter", ["store"]),
+    "filter without a store": ("filter", ["STORE"]),
     "filter of no store": ("filter {w}/run", ["run", "not a trace store"]),
     "filter of nothing": ("filter {w}/nothing", ["nothing", "not a trace store"]),
     "filter rule": ("filter {w}/store --drop duplicat", ["mean 'duplicate'"]),
