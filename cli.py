@@ -83,7 +83,7 @@ def generate(config: GenerateConfig, as_json: bool) -> None:
 @command(app, FilterConfig, "filter")
 def filter_store(config: FilterConfig, as_json: bool) -> None:
     """Judge and filter a trace store again, without generating."""
-    from teachers.generate import run_filter
+    from teachers.refilter import run_filter
 
     result = run_filter(config)
     rejected = ", ".join(f"{count} {reason}" for reason, count in result["rejected"].items()) or "none"
@@ -180,10 +180,15 @@ def _materialised(config: EvalConfig) -> str | None:
         return None
     from distill.models import load_tokenizer
     from students import build_student, student_kind
+    from teachers.evaluate import UNTRAINED
 
     kind = student_kind(config.model)
-    folder, source = config.out / "untrained", resolve(str(kind.source))
+    folder, source = config.out / UNTRAINED, resolve(str(kind.source))
     if not (folder / "model.safetensors").exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot use {config.out} as the output folder: {error.strerror}") from error
         trust = config.trust_remote_code
         student = build_student(config.model.replace(str(kind.source), source, 1), trust_remote_code=trust)
         load_tokenizer(source, trust_remote_code=trust).save_pretrained(folder)
@@ -195,7 +200,7 @@ def _speaker(name: str, config: GenerateConfig | EvalConfig, folder: str | None 
     """Return who writes the completions, and the function that starts its engine; `folder` is where `name` lies."""
     from distill.models import load_tokenizer, model_identity
     from teachers import choose_backend, open_backend
-    from teachers.generate import Author
+    from teachers.sampling import Author
 
     model, trust = folder or resolve(name), config.trust_remote_code
     reasoning = config.reasoning if isinstance(config, GenerateConfig) else "auto"

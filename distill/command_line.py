@@ -97,8 +97,7 @@ def _parameter(key: str, field: FieldInfo) -> inspect.Parameter:
     default = _shown(field.get_default(call_default_factory=True))
     if extra.get("argument"):
         info = typer.Argument(metavar=key.upper() + ("..." if many else ""), help=text, show_default=False)
-        annotation: Any = Annotated[list[str] if many else str, info]
-        return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+        return _option(key, list[str] if many else str, info)
     if bool in kinds:
         return _option(key, bool, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False))
     names = (f"-{key}", flag) if len(key) == 1 else (flag,)

@@ -236,12 +236,14 @@ def build(model: type[C], file: Path | None, flags: Mapping[str, Any]) -> C:
     try:
         return model(**values)
     except ValidationError as error:
-        problems = [_one_line(problem) for problem in error.errors()]
+        problems = [_one_line(model, problem) for problem in error.errors()]
         raise UserError("; ".join(problems)) from error
 
 
-def _one_line(problem: Any) -> str:
-    flag = "--" + str(problem["loc"][0]).replace("_", "-")
+def _one_line(model: type[Section], problem: Any) -> str:
+    name = str(problem["loc"][0])
+    extra = model.model_fields[name].json_schema_extra
+    flag = name.upper() if isinstance(extra, dict) and extra.get("argument") else "--" + name.replace("_", "-")
     if problem["type"] == "missing":
         return f"{flag} is required"
     return f"{flag}: {problem['msg'][0].lower()}{problem['msg'][1:]} (given {problem['input']!r})"

@@ -99,6 +99,7 @@ def save_final(trainer: Any, out: Path) -> None:
         if trainer.is_world_process_zero():
             (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe is in run.json
             for path in sorted(aside.iterdir()):
+                path.chmod((out / RECIPE).stat().st_mode)  # safetensors writes for its owner alone
                 path.replace(out / path.name)
             aside.rmdir()
     except (OSError, RuntimeError, SafetensorError) as error:

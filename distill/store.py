@@ -14,7 +14,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -151,22 +151,32 @@ class TraceStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def claim(self, recipe: Mapping[str, Any], **facts: Any) -> None:
+    def claim(self, recipe: Mapping[str, Any], *, own: Collection[str] = (), **facts: Any) -> None:
         """Bind the folder to a recipe: the settings that must not change between two runs on one store.
 
         Args:
+            own: names that the command itself may have put into a new folder.
             facts: more to note in a new manifest, which may differ later (where the model lay, for one).
 
         Raises:
-            UserError: the folder already belongs to another recipe; the differing settings are named.
+            UserError: the folder holds samples of another recipe (the differing settings are named), or something else.
         """
         path = self.folder / MANIFEST
         if not path.exists():
-            if self.path.stat().st_size:
-                raise UserError(f"{self.folder} has samples but no {MANIFEST}: name another --out")
+            foreign = sorted(
+                each.name for each in self.folder.iterdir() if each.name not in (".lock", self.path.name, *own)
+            )
+            if foreign or self.path.stat().st_size:
+                what = (
+                    f"files of something else ({', '.join(foreign[:3])})" if foreign else f"samples but no {MANIFEST}"
+                )
+                raise UserError(f"{self.folder} has {what}: name another --out")
             write_json(path, {"recipe": dict(recipe), **facts})
             return
         known = read_manifest(self.folder).get("recipe", {})
+        if not self.path.stat().st_size:  # nothing was drawn for the recipe that claimed it
+            write_json(path, {"recipe": dict(recipe), **facts})
+            return
         differing = [key for key in recipe if known.get(key) != recipe[key]]
         if differing:
             listed = ", ".join(f"{key} is {known.get(key)!r} there and {recipe[key]!r} here" for key in differing)

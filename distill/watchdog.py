@@ -36,6 +36,7 @@ def guard() -> None:
     )
     _watchers[os.getpid()] = watcher
     os.environ[MARK] = token
+    os.environ["SPT_NOENV"] = "1"  # setproctitle would write a process's title over its environment, mark and all
 
 
 def child_environment(**settings: str) -> dict[str, str]:

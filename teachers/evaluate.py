@@ -20,11 +20,12 @@ from distill.records import Message
 from distill.run_folder import RUN
 from distill.store import TraceStore, read_lines, read_manifest, read_traces, write_json
 from teachers.backend import Backend
-from teachers.generate import Author, check_golds, fill, plan, verifier_name, versions
 from teachers.prompts import read_prompts, require
+from teachers.sampling import Author, check_golds, fill, plan, verifier_name, versions
 from teachers.verifiers.pool import VerifierPool
 
 SAMPLES, SUMMARY = "samples.jsonl", "eval.json"
+UNTRAINED = "untrained"  # the folder of a student that exists only as a spec
 
 
 def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Backend]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Back
     conversations = _conversations(config)
     with ExitStack() as stack:
         store = stack.enter_context(TraceStore(config.out, journal=SAMPLES))
-        store.claim(_recipe(config, author, verifier))
+        store.claim(_recipe(config, author, verifier), own=(UNTRAINED,))
         pool = stack.enter_context(VerifierPool(verifier))
         if verifier == "math":
             prompts, unreadable = check_golds(prompts, pool)

@@ -29,6 +29,8 @@ DATA_HALF = (
     "teachers.filters",
     "teachers.verifiers",
     "teachers.generate",
+    "teachers.refilter",
+    "teachers.sampling",
 )
 LAZY = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")
 

@@ -19,8 +19,8 @@ import pytest
 from cli import app
 from distill.config import GenerateConfig
 from teachers import nano
-from teachers.generate import plan
 from teachers.prompts import read_prompts
+from teachers.sampling import plan
 
 ROOT = Path(__file__).parent.parent
 CLI = [sys.executable, str(ROOT / "cli.py")]

@@ -308,10 +308,11 @@ def test_a_line_is_one_line_of_utf8_whatever_the_text(text: str) -> None:
     assert json.loads(line) == {"text": text, text: 1}
 
 
-def test_a_recipe_claims_its_folder(tmp_path: Path) -> None:
+def test_a_recipe_with_samples_owns_its_folder(tmp_path: Path) -> None:
     recipe = {"prompts": "a.jsonl", "sampling": {"temperature": 0.6, "top_p": 0.95}, "seed": 0}
     with TraceStore(tmp_path) as store:
         store.claim(recipe, teacher_model="here")
+        store.append(trace(0))
         store.claim(recipe, teacher_model="moved")
     assert read_manifest(tmp_path) == {"recipe": recipe, "teacher_model": "here"}
     with TraceStore(tmp_path) as store:
@@ -324,6 +325,23 @@ def test_a_recipe_claims_its_folder(tmp_path: Path) -> None:
     assert "'temperature': 0.6" in message
     assert "prompts" not in message
     assert read_manifest(tmp_path)["recipe"] == recipe
+
+
+def test_a_recipe_that_drew_nothing_gives_its_folder_up(tmp_path: Path) -> None:
+    with TraceStore(tmp_path) as store:
+        store.claim({"seed": 0})
+    with TraceStore(tmp_path) as store:
+        store.claim({"seed": 1})
+    assert read_manifest(tmp_path)["recipe"] == {"seed": 1}
+
+
+def test_a_folder_of_something_else_is_not_claimed(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with TraceStore(tmp_path) as store, pytest.raises(UserError, match=r"files of something else \(precious\.txt\)"):
+        store.claim({"seed": 0})
+    assert not (tmp_path / MANIFEST).exists()
+    with TraceStore(tmp_path) as store:
+        store.claim({"seed": 0}, own=("precious.txt",))
 
 
 def test_samples_without_a_manifest_are_not_claimed(tmp_path: Path) -> None:

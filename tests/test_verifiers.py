@@ -15,8 +15,8 @@ import pytest
 from distill.errors import RunError, UserError
 from distill.records import Prompt, Trace, Verdict
 from distill.tables import lookup
-from teachers.generate import check_golds
 from teachers.prompts import read_prompts
+from teachers.sampling import check_golds
 from teachers.verifiers import VERIFIERS
 from teachers.verifiers.pool import VerifierPool
 from teachers.verifiers.worker import judge
