@@ -204,8 +204,8 @@ def _speaker(name: str, config: GenerateConfig | EvalConfig, folder: str | None 
 
     model, trust = folder or resolve(name), config.trust_remote_code
     reasoning = config.reasoning if isinstance(config, GenerateConfig) else "auto"
-    tokenizer = load_tokenizer(model, chat_template=config.chat_template, trust_remote_code=trust)
-    think = "<think>" in str(tokenizer.chat_template or "") if reasoning == "auto" else reasoning == "think"
+    # A folder that is no model, or has no tokenizer, is refused before anything is written.
+    load_tokenizer(model, chat_template=config.chat_template, trust_remote_code=trust)
     backend, why = choose_backend(config.backend, model)
 
     def opened() -> Any:
@@ -222,7 +222,7 @@ def _speaker(name: str, config: GenerateConfig | EvalConfig, folder: str | None 
     identity = model_identity(model)
     if name == "nano":  # its folder's name inside the package says nothing
         identity = f"nano@{identity.rpartition('@')[2]}"
-    return Author(name=name, location=model, identity=identity, think=think), opened
+    return Author(name=name, location=model, identity=identity, reasoning=reasoning), opened
 
 
 def _tokenizer_source(config: TrainConfig) -> str:

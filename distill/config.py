@@ -84,7 +84,7 @@ class GenerateConfig(Sampling, Engine):
         "truncated,malformed,duplicate", description="Filters that reject, comma-separated; the others only flag."
     )
     reasoning: Literal["auto", "think", "none"] = Field(
-        "auto", description="think: <think>...</think> is required; auto: if the teacher's chat template knows it."
+        "auto", description="think: <think>...</think> is required; auto: where most of the traces have it."
     )
 
 
@@ -142,6 +142,10 @@ class TrainConfig(Section):
     bf16: bool = Field(False, description="bfloat16 autocast in the forward and backward passes.")
     limit: Count | None = Field(None, description="Use only the first N traces.")
     seed: int = Field(0, description="Seed of initialisation and data order.")
+    set: list[str] = Field(
+        default_factory=list,
+        description="trainer.NAME=VALUE: any other of transformers' TrainingArguments, e.g. trainer.adam_beta2=0.95.",
+    )
     resume: bool = Field(
         False, description="Go on from the last checkpoint of an unfinished run, or start where there is none."
     )

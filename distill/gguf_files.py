@@ -152,7 +152,9 @@ def load_gguf_model(path: Path, *, dtype: str = "float32") -> Any:
         UserError: not a GGUF file, an architecture transformers cannot read, or broken weights.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     require_gguf(str(path))
     wanted = torch_dtype(dtype)
     try:

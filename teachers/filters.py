@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from distill.errors import UserError
 from distill.records import Trace
 from distill.tables import lookup, suggest
-from teachers.reasoning import split_reasoning
+from teachers.reasoning import CLOSE, OPEN, split_reasoning
+
+UNTAGGED = "no <think>"  # the flag of a trace without reasoning tags whose teacher may or may not use them
 
 
 @dataclass(slots=True)
@@ -23,6 +25,7 @@ class Siblings:
 
     duplicates: set[str] = field(default_factory=set)  # uids that repeat an earlier sample of their prompt
     selected: set[str] | None = None  # uids a best-of rule chose; None: no such rule
+    tagged: bool = False  # most complete traces of the store reason inside <think> tags
 
 
 def truncated(trace: Trace, siblings: Siblings) -> bool:
@@ -31,8 +34,8 @@ def truncated(trace: Trace, siblings: Siblings) -> bool:
 
 
 def malformed(trace: Trace, siblings: Siblings) -> bool:
-    """The reasoning tags are missing where required, doubled or unclosed, the answer is empty, or it is no text."""
-    return any(flag.startswith("malformed") for flag in trace.flags)
+    """The reasoning tags are missing where they belong, doubled or unclosed, the answer is empty, or it is no text."""
+    return any(flag.startswith("malformed") for flag in trace.flags) or (siblings.tagged and UNTAGGED in trace.flags)
 
 
 def duplicate(trace: Trace, siblings: Siblings) -> bool:
@@ -47,14 +50,18 @@ FILTERS: dict[str, Callable[[Trace, Siblings], bool]] = {
 }
 
 
-def with_flags(trace: Trace, *, think: bool) -> Trace:
+def with_flags(trace: Trace, *, reasoning: str) -> Trace:
     """Return the trace with its reasoning and answer split and what is wrong with them flagged.
 
     Args:
-        think: the teacher reasons inside `<think>` tags, so they are required.
+        reasoning: `think`: the tags are required; `none`: they are not; `auto`: their absence is noted, and is a fault
+            where most of the teacher's traces have them. (A chat template that mentions the tags proves little: many
+            do so only to switch reasoning off.)
     """
-    parts = split_reasoning(trace.completion, required=think)
+    parts = split_reasoning(trace.completion, required=reasoning == "think")
     flags = [f"malformed: {parts.fault}"] if parts.fault else []
+    if reasoning == "auto" and OPEN not in trace.completion and CLOSE not in trace.completion:
+        flags.append(UNTAGGED)
     try:
         trace.completion.encode("utf-8")
     except UnicodeEncodeError:  # no tokenizer takes it, and no reader of kept.jsonl
@@ -112,11 +119,15 @@ def make_judge(traces: Iterable[Trace], *, keep: KeepRule, drop: list[str]) -> C
     """
     siblings = Siblings()
     first: dict[tuple[str, bytes], tuple[int, str]] = {}
-    lengths: dict[str, list[tuple[int, int, str]]] = {}
+    lengths: dict[str, list[tuple[int, int, str, bool]]] = {}
+    complete = tagged = 0
     filters = {name: lookup(FILTERS, name, "filter") for name in drop}
     for trace in traces:
         if trace.error is not None:
             continue
+        if trace.finish_reason == "stop":
+            complete += 1
+            tagged += OPEN in trace.completion or CLOSE in trace.completion
         if "duplicate" in drop:
             key = (
                 trace.prompt_uid,
@@ -128,13 +139,19 @@ def make_judge(traces: Iterable[Trace], *, keep: KeepRule, drop: list[str]) -> C
                 siblings.duplicates.add(max(here, known)[1])
                 first[key] = min(here, known)
         if keep.best_of and not _faults(trace, siblings, filters, keep):
-            ranked = (trace.num_completion_tokens, trace.sample_index, trace.uid)
+            ranked = (trace.num_completion_tokens, trace.sample_index, trace.uid, UNTAGGED in trace.flags)
             lengths.setdefault(trace.prompt_uid, []).append(ranked)
+    siblings.tagged = 2 * tagged > complete
     if keep.best_of:
         siblings.selected = set()
         for ranks in lengths.values():
-            distinct = [rank for rank in sorted(ranks) if rank[2] not in siblings.duplicates]
-            siblings.selected.update(uid for _, _, uid in distinct[: keep.best_of])
+            # What only the whole store shows was not known when the candidates were noted.
+            sound = [
+                uid
+                for _, _, uid, untagged in sorted(ranks)
+                if uid not in siblings.duplicates and not (untagged and siblings.tagged and "malformed" in filters)
+            ]
+            siblings.selected.update(sound[: keep.best_of])
 
     def judge(trace: Trace) -> tuple[str, ...]:
         reasons = _faults(trace, siblings, filters, keep)

@@ -81,5 +81,5 @@ def recipe_of(config: GenerateConfig, author: Author) -> dict[str, Any]:
         "sampling": config.sampling(),
         "seed": config.seed,
         "system_prompt": config.system_prompt,
-        "reasoning": "think" if author.think else "none",
+        "reasoning": author.reasoning,
     }

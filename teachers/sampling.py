@@ -35,7 +35,7 @@ class Author:
     name: str  # as the user names it
     location: str  # what the loaders take: a folder, hub id or .gguf file
     identity: str
-    think: bool  # reasons inside <think> tags
+    reasoning: str = "auto"  # think: reasons inside <think> tags; none: does not; auto: as most of its traces show
 
 
 def plan(prompts: Iterable[Prompt], n: int, author: str, sampling: Mapping[str, Any], seed: int) -> Iterator[Request]:
@@ -67,7 +67,7 @@ def trace_of(request: Request, completion: Completion, author: Author, backend: 
         error=completion.error,
         meta=dict(request.prompt.meta),
     )
-    return with_flags(trace, think=author.think)
+    return with_flags(trace, reasoning=author.reasoning)
 
 
 def fill(
@@ -184,7 +184,7 @@ def _gold_as_answer(prompt: Prompt) -> Trace:
     request = Request(uid=prompt.uid, prompt=prompt, sample_index=0, seed=0)
     text = f"\\boxed{{{prompt.gold}}}"
     completion = Completion(text=text, finish_reason="stop", num_prompt_tokens=0, num_completion_tokens=0)
-    return trace_of(request, completion, Author(name="gold", location="", identity="gold", think=False), "gold")
+    return trace_of(request, completion, Author(name="gold", location="", identity="gold", reasoning="none"), "gold")
 
 
 def verifier_name(setting: str, prompts: list[Prompt]) -> str | None:

@@ -38,7 +38,7 @@ def trace(
         backend="b",
         verdicts=(verdict,),
     )
-    return with_flags(made, think=True)
+    return with_flags(made, reasoning="auto")
 
 
 # What each filter must reject out of a pair, and its sibling that must stay. A new filter needs its line here.
@@ -64,22 +64,40 @@ def test_a_filter_rejects_its_case_and_no_other(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "think", "flag"),
+    ("text", "reasoning", "flag"),
     [
-        ("2", True, "malformed: no <think>"),
-        ("", False, "malformed: empty answer"),
-        (" \n", False, "malformed: empty answer"),
-        ("<think>a</think>", False, "malformed: empty answer"),
-        ("<think>a", False, "malformed: unclosed <think>"),
-        ("<think>a</think>\ud800", True, "malformed: a lone surrogate"),
-        ("2", False, None),
-        ("<think>a</think>2", True, None),
+        ("2", "think", "malformed: no <think>"),
+        ("2", "auto", "no <think>"),
+        ("", "none", "malformed: empty answer"),
+        (" \n", "none", "malformed: empty answer"),
+        ("<think>a</think>", "auto", "malformed: empty answer"),
+        ("<think>a", "none", "malformed: unclosed <think>"),
+        ("<think>a</think>\ud800", "think", "malformed: a lone surrogate"),
+        ("2", "none", None),
+        ("<think>a</think>2", "think", None),
+        ("<think>a</think>2", "auto", None),
     ],
 )
-def test_flags_name_what_is_malformed(text: str, think: bool, flag: str | None) -> None:
-    flagged = with_flags(trace(text=text), think=think)
+def test_flags_name_what_is_malformed(text: str, reasoning: str, flag: str | None) -> None:
+    flagged = with_flags(trace(text=text), reasoning=reasoning)
     assert flagged.flags == ((flag,) if flag else ())
-    assert with_flags(flagged, think=think) == flagged
+    assert with_flags(flagged, reasoning=reasoning) == flagged
+
+
+@given(tagged=st.integers(0, 6), plain=st.integers(0, 6), cut=st.integers(0, 6))
+def test_missing_tags_are_a_fault_where_most_complete_traces_have_them(tagged: int, plain: int, cut: int) -> None:
+    made = [trace(i, text=f"<think>{i}</think>2") for i in range(tagged)]
+    made += [trace(10 + i, text=f"2 {i}", tokens=1) for i in range(plain)]
+    made += [replace(trace(20 + i, text=f"3 {i}"), finish_reason="length") for i in range(cut)]
+    for keep in (ANY, KeepRule(correct=False, best_of=1)):
+        judge = make_judge(made, keep=keep, drop=["truncated", "malformed"])
+        for one in made:
+            untagged = "<think>" not in one.completion
+            assert ("malformed" in judge(one)) == (untagged and tagged > plain)
+    kept = [one for one in made if not judge(one)]
+    wanted = "<think>" in made[0].completion if tagged > plain else True
+    assert len(kept) == (1 if tagged + plain else 0)
+    assert not kept or tagged <= plain or ("<think>" in kept[0].completion) == wanted
 
 
 TEXTS = st.sampled_from(["<think>a</think>2", "<think>a</think>  2", "<think>b</think>2", "<think>c</think>3"])

@@ -498,3 +498,17 @@ def test_every_recipe_field_that_shapes_training_reaches_transformers(recipe):
     for key in shared:
         assert getattr(args, key) == getattr(config, key), key
     assert os.fspath(config.out / "checkpoints") == args.output_dir
+
+
+def test_set_reaches_transformers_own_settings_and_nothing_else(recipe):
+    arguments = training_arguments(recipe(set=["trainer.adam_beta2=0.95", "trainer.neftune_noise_alpha=null"]))
+    assert arguments.adam_beta2 == 0.95
+    for pair, message in {
+        "adam_beta2=0.95": r"--set takes trainer\.NAME=VALUE",
+        "trainer.adam_beta2": r"--set takes trainer\.NAME=VALUE",
+        "trainer.adam_betta2=0.95": "did you mean 'adam_beta2'",
+        "trainer.learning_rate=1": "learning_rate is set by distill train itself",
+        "trainer.adam_beta2=fast": "adam_beta2 takes a float",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            training_arguments(recipe(set=[pair]))
