@@ -135,6 +135,8 @@ class TraceStore:
             self.lock.close()
             raise UserError(f"another process is writing to {folder}; wait for it or name another --out") from error
         try:
+            for unfinished in folder.glob(".*.json*.[0-9]*"):  # of a view that a killed run was writing
+                unfinished.unlink()
             self.torn_bytes = mend(self.path)
             self._open_journal()
         except OSError as error:
@@ -163,9 +165,8 @@ class TraceStore:
         """
         path = self.folder / MANIFEST
         if not path.exists():
-            foreign = sorted(
-                each.name for each in self.folder.iterdir() if each.name not in (".lock", self.path.name, *own)
-            )
+            known = (".lock", self.path.name, *own)
+            foreign = sorted(each.name for each in self.folder.iterdir() if each.name not in known)
             if foreign or self.path.stat().st_size:
                 what = (
                     f"files of something else ({', '.join(foreign[:3])})" if foreign else f"samples but no {MANIFEST}"
@@ -173,13 +174,13 @@ class TraceStore:
                 raise UserError(f"{self.folder} has {what}: name another --out")
             write_json(path, {"recipe": dict(recipe), **facts})
             return
-        known = read_manifest(self.folder).get("recipe", {})
+        before = read_manifest(self.folder).get("recipe", {})
         if not self.path.stat().st_size:  # nothing was drawn for the recipe that claimed it
             write_json(path, {"recipe": dict(recipe), **facts})
             return
-        differing = [key for key in recipe if known.get(key) != recipe[key]]
+        differing = [key for key in recipe if before.get(key) != recipe[key]]
         if differing:
-            listed = ", ".join(f"{key} is {known.get(key)!r} there and {recipe[key]!r} here" for key in differing)
+            listed = ", ".join(f"{key} is {before.get(key)!r} there and {recipe[key]!r} here" for key in differing)
             raise UserError(f"{self.folder} belongs to another recipe ({listed}): name another --out")
 
     def append(self, trace: Trace) -> None:

@@ -344,6 +344,14 @@ def test_a_folder_of_something_else_is_not_claimed(tmp_path: Path) -> None:
         store.claim({"seed": 0}, own=("precious.txt",))
 
 
+def test_what_a_killed_run_was_writing_is_swept_away(tmp_path: Path) -> None:
+    for name in (MANIFEST, KEPT):
+        (tmp_path / f".{name}.12345").write_text("half")
+    with TraceStore(tmp_path) as store:
+        store.claim({"seed": 0})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", MANIFEST, JOURNAL]
+
+
 def test_samples_without_a_manifest_are_not_claimed(tmp_path: Path) -> None:
     fill(tmp_path, [trace(0)])
     with TraceStore(tmp_path) as store, pytest.raises(UserError, match=f"has samples but no {MANIFEST}"):
