@@ -200,7 +200,7 @@ class DemoConfig(Section):
     out: Path = Field(Path("runs/demo"), description="Where everything goes; the same command resumes.")
     seeds: Count = Field(1, description="Training seeds of every arm.")
     budget: Annotated[float, Field(ge=30)] = Field(
-        300.0, description="Seconds the whole demo may take on two cores; training steps scale with it."
+        300.0, description="Seconds aimed at, on two free cores: training steps and traces scale with it."
     )
     rebuild_teacher: bool = Field(False, description="Train the embedded teacher anew and write it to OUT/teacher.")
 

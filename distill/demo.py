@@ -24,6 +24,7 @@ from distill.watchdog import guard
 
 REFERENCE_SECONDS = 300.0  # the budget that the steps below were measured for, on two slow cores
 BASE_STEPS, ARM_STEPS = 1000, 2000  # optimizer steps at the reference budget
+TRACES = 4000  # of either kind of problem, at most
 QUESTIONS = 500
 
 # Every arm starts from the same base student and takes as many optimizer steps over the same traces.
@@ -49,12 +50,14 @@ def plan_demo(config: DemoConfig) -> list[Step]:
     """Return the demo's command lines in an order in which they could be typed."""
     out, scale = config.out, config.budget / REFERENCE_SECONDS
     base_steps, arm_steps = (str(max(1, round(steps * scale))) for steps in (BASE_STEPS, ARM_STEPS))
+    traces = max(200, round(TRACES * min(scale, 1.0)))  # a longer training is worth more than more of the same traces
+    sampling = f"--limit {traces} --max-completion-length 64"
     steps = [
         Step(
             "base-traces",
-            _line("generate --prompts nano:1-2 --limit 4000 --max-completion-length 64", out / "base-traces"),
+            _line(f"generate --prompts nano:1-2 {sampling}", out / "base-traces"),
         ),
-        Step("traces", _line("generate --prompts nano --limit 4000 --max-completion-length 64", out / "traces")),
+        Step("traces", _line(f"generate --prompts nano {sampling}", out / "traces")),
     ]
     evaluations = []
     for seed in range(config.seeds):
