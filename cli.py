@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from distill.command_line import App, command
@@ -42,6 +43,18 @@ def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     print(json.dumps(result, indent=2, default=str) if as_json else "\n".join(lines))
 
 
+def _show_comparison(result: dict[str, Any], as_json: bool, out: Path) -> None:
+    if as_json:
+        show(result, as_json, [])
+        return
+    from rich.console import Console
+
+    from distill.compare import render_table
+
+    Console().print(render_table(result))
+    print(f"{result['verdict']}\nreport: {out / 'report.html'}")
+
+
 @command(app, DemoConfig, "demo")
 def demo(config: DemoConfig, as_json: bool) -> None:
     """Watch a teacher being distilled into a small student, on built-in problems, in a few minutes."""
@@ -51,16 +64,10 @@ def demo(config: DemoConfig, as_json: bool) -> None:
         folder = rebuild_teacher(config.out / "teacher")
         show({"teacher": str(folder)}, as_json, [f"teacher written to {folder}"])
         return
-    from distill.compare import render_table
     from distill.demo import run_demo
 
     result = run_demo(config, [sys.executable, __file__])
-    show(result, as_json, [])
-    if not as_json:
-        from rich.console import Console
-
-        Console().print(render_table(result))
-        print(f"{result['verdict']}\nreport: {config.out / 'report.html'}")
+    _show_comparison(result, as_json, config.out)
 
 
 @command(app, GenerateConfig, "generate")
@@ -148,17 +155,11 @@ def evaluate(config: EvalConfig, as_json: bool) -> None:
 def compare(config: CompareConfig, as_json: bool) -> None:
     """Compare evaluations question by question: compare.json, a table and report.html."""
     from distill.compare import compare as run_compare
-    from distill.compare import render_table
     from distill.report import write_report
 
     result = run_compare(config.evaluations, config.out, seed=config.seed)
     write_report(result, config.out, eval_dirs=config.evaluations, stores=config.store)
-    show(result, as_json, [])
-    if not as_json:
-        from rich.console import Console
-
-        Console().print(render_table(result))
-        print(f"{result['verdict']}\nreport: {config.out / 'report.html'}")
+    _show_comparison(result, as_json, config.out)
 
 
 @command(app, FetchConfig, "fetch-model")

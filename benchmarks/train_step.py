@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from distill.render import Example
 from distill.trainer import DistillTrainer
@@ -93,6 +93,7 @@ def seconds_per_step(kind: str, preset: str, steps: int) -> float:
                 metrics_folder=Path(folder),
                 callbacks=[clock],
             )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return statistics.median(clock.seconds[2:])
 
