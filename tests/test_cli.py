@@ -365,7 +365,9 @@ def test_json_puts_one_object_on_stdout(world: Path, tmp_path: Path, distill: Ru
 # Ctrl-C
 
 
-def interrupt_when(arguments: list[str], ready: Callable[[], bool]) -> tuple[int, str]:
+def interrupt_when(
+    arguments: list[str], ready: Callable[[], bool], stop: signal.Signals = signal.SIGINT
+) -> tuple[int, str]:
     """Run a command in its own process group, press Ctrl-C there once `ready`; return exit code and stderr."""
     process = subprocess.Popen(
         [*CLI, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -374,7 +376,7 @@ def interrupt_when(arguments: list[str], ready: Callable[[], bool]) -> tuple[int
         while not ready():
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, stop)
         _, err = process.communicate(timeout=120)
     finally:
         process.kill()
@@ -389,11 +391,15 @@ def count(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_ctrl_c_while_generating(tmp_path: Path, distill: Run) -> None:
-    """130, one line, views of what is there; the same command goes on (concurrency is no part of a recipe)."""
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
+def test_ctrl_c_while_generating(tmp_path: Path, distill: Run, stop: signal.Signals) -> None:
+    """130, one line, views of what is there; the same command goes on (concurrency is no part of a recipe).
+
+    A scheduler's SIGTERM is a Ctrl-C.
+    """
     store = tmp_path / "store"
     line = ["generate", "--prompts", "nano", "--limit", "300", "--out", str(store)]
-    code, err = interrupt_when([*line, "--concurrency", "2"], lambda: count(store / "traces.jsonl") >= 8)
+    code, err = interrupt_when([*line, "--concurrency", "2"], lambda: count(store / "traces.jsonl") >= 8, stop)
     assert code == 130
     assert "interrupted" in one_line(err)
     done = count(store / "traces.jsonl")
