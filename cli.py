@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -179,21 +180,26 @@ def _materialised(config: EvalConfig) -> str | None:
     """Write a student that exists only as a `prune:` spec into the evaluation's folder, where engines can load it."""
     if not config.model.startswith("prune:"):
         return None
-    from distill.models import load_tokenizer
+    from distill.models import load_tokenizer, model_identity
+    from distill.records import content_hash
     from students import build_student, student_kind
-    from teachers.evaluate import UNTRAINED
 
     kind = student_kind(config.model)
-    folder, source = config.out / UNTRAINED, resolve(str(kind.source))
-    if not (folder / "model.safetensors").exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot use {config.out} as the output folder: {error.strerror}") from error
-        trust = config.trust_remote_code
+    source, trust = resolve(str(kind.source)), config.trust_remote_code
+    # Named after what it is cut from and how, and moved into place whole: no folder may answer for another student.
+    folder = config.out / f"untrained-{content_hash([config.model, model_identity(source)])[:8]}"
+    if not folder.exists():
         student = build_student(config.model.replace(str(kind.source), source, 1), trust_remote_code=trust)
-        load_tokenizer(source, trust_remote_code=trust).save_pretrained(folder)
-        student.save_pretrained(folder)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust)
+        aside = folder.with_name(f".{folder.name}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            tokenizer.save_pretrained(aside)
+            student.save_pretrained(aside)
+            aside.replace(folder)
+        except OSError as error:
+            raise UserError(f"cannot use {config.out} as the output folder: {error.strerror or error}") from error
     return str(folder)
 
 

@@ -165,7 +165,7 @@ class TraceStore:
         """
         path = self.folder / MANIFEST
         if not path.exists():
-            known = (".lock", self.path.name, *own)
+            known = {".lock", self.path.name, *own, *(f".{name}" for name in own)}
             foreign = sorted(each.name for each in self.folder.iterdir() if each.name not in known)
             if foreign or self.path.stat().st_size:
                 what = (

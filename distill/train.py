@@ -173,6 +173,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     return args
 
 
+# Settings of `TrainingArguments` that this trainer never asks: accepting one would be a knob that does nothing.
+IDLE_SETTINGS = frozenset({"label_smoothing_factor", "average_tokens_across_devices", "resume_from_checkpoint"})
+
+
 def _trainer_settings(pairs: Sequence[str], *, taken: Mapping[str, Any]) -> dict[str, Any]:
     """Read `trainer.adam_beta2=0.95` pairs; values are YAML.
 
@@ -188,6 +192,8 @@ def _trainer_settings(pairs: Sequence[str], *, taken: Mapping[str, Any]) -> dict
             raise UserError(f"--set takes trainer.NAME=VALUE, not {pair!r}")
         if key in taken:
             raise UserError(f"--set {name}: {key} is set by distill train itself (see its --help)")
+        if key in IDLE_SETTINGS or key.startswith(("eval_", "per_device_eval_", "do_")):
+            raise UserError(f"--set {name}: {key} would change nothing here, distill train has its own way of that")
         if key not in known:
             raise UserError(f"--set {name}: TrainingArguments has no {key!r}{suggest(key, known)}")
         settings[key] = yaml.safe_load(value)

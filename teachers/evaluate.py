@@ -25,7 +25,6 @@ from teachers.sampling import Author, check_golds, fill, plan, verifier_name, ve
 from teachers.verifiers.pool import VerifierPool
 
 SAMPLES, SUMMARY = "samples.jsonl", "eval.json"
-UNTRAINED = "untrained"  # the folder of a student that exists only as a spec
 
 
 def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Backend]) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Back
     conversations = _conversations(config)
     with ExitStack() as stack:
         store = stack.enter_context(TraceStore(config.out, journal=SAMPLES))
-        store.claim(_recipe(config, author, verifier), own=(UNTRAINED,))
+        store.claim(_recipe(config, author, verifier), own=(Path(author.location).name,))
         pool = stack.enter_context(VerifierPool(verifier))
         if verifier == "math":
             prompts, unreadable = check_golds(prompts, pool)
@@ -74,7 +73,7 @@ def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Back
         "identity": author.identity,
         "prompts": config.prompts,
         "verifier": verifier,
-        "ledger": read_manifest(config.out)["ledger"],
+        "ledger": read_manifest(config.out).get("ledger"),  # None: nobody noted what the samples cost
         "versions": versions(),
     }
     trained = Path(author.location) / RUN

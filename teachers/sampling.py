@@ -103,6 +103,7 @@ def fill(
     number = len(read_manifest(store.folder).get("runs", []))
     backend = open_backend()
     try:
+        record_run(store.folder, number, ledger, verifier)  # a kill before the first note must leave a ledger too
         say(f"model: {author.identity}, {backend.description}")
         with Meter(title, len(wanted), done=already) as meter:
             noted = time.monotonic()

@@ -431,3 +431,28 @@ def test_ctrl_c_while_training(world: Path, tmp_path: Path, distill: Run) -> Non
     steps = [row["step"] for row in lines_of(run / "metrics.jsonl")]
     assert steps == sorted(set(steps))
     assert steps[-1] == 80
+
+
+def test_an_evaluation_killed_before_its_cost_was_noted_goes_on(tmp_path: Path, distill: Run) -> None:
+    """Every sample drawn, the kill before the manifest knows of a run: `eval.json` is made all the same."""
+    line = ["eval", "--model", "nano", "--prompts", "nano", "--limit", "4", "--out", str(tmp_path / "e")]
+    assert distill(*line)[0] == 0
+    (tmp_path / "e" / "eval.json").unlink()
+    manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
+    for key in ("runs", "ledger"):
+        del manifest[key]
+    (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = distill(*line)
+    assert code == 0, err
+    assert json.loads((tmp_path / "e" / "eval.json").read_text())["questions"] == 4
+
+
+def test_another_pruning_is_another_model(tmp_path: Path, distill: Run) -> None:
+    """The folder of one `prune:` spec must not answer for another, nor a half-written one for itself."""
+    line = ["eval", "--prompts", "nano", "--limit", "2", "--max-completion-length", "4", "--out", str(tmp_path / "e")]
+    assert distill(*line, "--model", "prune:nano?layers=1")[0] == 0
+    before = (tmp_path / "e" / "eval.json").read_bytes()
+    code, _, err = distill(*line, "--model", "prune:nano?keep=1")
+    assert code == 2, err
+    assert "belongs to another recipe" in err
+    assert (tmp_path / "e" / "eval.json").read_bytes() == before

@@ -509,6 +509,8 @@ def test_set_reaches_transformers_own_settings_and_nothing_else(recipe):
         "trainer.adam_betta2=0.95": "did you mean 'adam_beta2'",
         "trainer.learning_rate=1": "learning_rate is set by distill train itself",
         "trainer.adam_beta2=fast": "adam_beta2 takes a float",
+        "trainer.label_smoothing_factor=0.1": "would change nothing here",
+        "trainer.eval_steps=5": "would change nothing here",
     }.items():
         with pytest.raises(UserError, match=message):
             training_arguments(recipe(set=[pair]))
