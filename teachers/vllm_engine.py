@@ -39,8 +39,6 @@ class VllmEngine:
     ) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # what the guard can see
-        # A process that gives itself a title overwrites its environment, the guard's mark with it, unless told not to.
-        os.environ["SPT_NOENV"] = "1"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry unless the user turns it on
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
         if (os.cpu_count() or 1) <= SMALL_MACHINE:

@@ -10,6 +10,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,6 @@ from distill.errors import RunError, UserError
 from distill.fetch import ALIASES, PACKAGED, Package, fetch_model
 from distill.gguf_files import _check_shapes, load_gguf_tokenizer
 from distill.models import end_token_ids, fingerprint, load_model, load_tokenizer
-
-gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
