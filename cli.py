@@ -13,9 +13,11 @@ from distill.config import (
     CompareConfig,
     DemoConfig,
     EvalConfig,
+    ExportConfig,
     FetchConfig,
     FilterConfig,
     GenerateConfig,
+    ScoreConfig,
     TrainConfig,
 )
 from distill.errors import UserError
@@ -74,15 +76,23 @@ def demo(config: DemoConfig, as_json: bool) -> None:
 @command(app, GenerateConfig, "generate")
 def generate(config: GenerateConfig, as_json: bool) -> None:
     """Sample a teacher on prompts, verify its traces, and keep the good ones."""
-    from teachers.generate import run_generate
+    from teachers import backend_class, choose_backend
+    from teachers.generate import features, run_generate
+    from teachers.speaker import speaker
 
     teacher = config.teacher
-    if teacher is None:
+    backend, _ = choose_backend(config.backend, teacher, config.base_url)
+    if teacher is None and not hasattr(backend_class(backend), "identify"):
         if config.prompts != "nano" and not config.prompts.startswith("nano:"):
             raise UserError("--teacher is required: the embedded teacher nano only knows the built-in nano problems")
         teacher = "nano"
-    author, opened = _speaker(teacher, config)
-    result = run_generate(config, author, opened)
+    if config.check_template is not None:
+        from distill.template_check import require_template
+
+        require_template(resolve(config.check_template), trust_remote_code=config.trust_remote_code)
+    location = None if teacher is None else resolve(teacher)
+    author, opened = speaker(teacher, location, config, features=features(config), reasoning=config.reasoning)
+    result = run_generate(config, author, opened, _judge(config))
     rejected = ", ".join(f"{count} {reason}" for reason, count in result["rejected"].items()) or "none"
     kept = f"kept {result['kept']} of {result['samples']} traces in {result['out']}"
     show(result, as_json, [kept, f"rejected: {rejected}"])
@@ -93,10 +103,35 @@ def filter_store(config: FilterConfig, as_json: bool) -> None:
     """Judge and filter a trace store again, without generating."""
     from teachers.refilter import run_filter
 
-    result = run_filter(config)
+    result = run_filter(config, _judge(config))
     rejected = ", ".join(f"{count} {reason}" for reason, count in result["rejected"].items()) or "none"
     kept = f"kept {result['kept']} of {result['samples']} traces in {result['out']}"
     show(result, as_json, [kept, f"rejected: {rejected}"])
+
+
+@command(app, ScoreConfig, "score")
+def score(config: ScoreConfig, as_json: bool) -> None:
+    """Store what a teacher says about traces that exist, token by token."""
+    from teachers.score import run_score, spec_of
+    from teachers.speaker import speaker
+
+    spec = spec_of(config.top_logprobs, config.sample_logprobs)
+    kind = [] if spec is None else ["top_logprobs" if spec.kind == "top" else "sample_logprobs"]
+    author, opened = speaker(config.teacher, resolve(config.teacher), config, features=["score", *kind])
+    result = run_score(config, author, opened)
+    counts = f"{result['already']} were there, {result['too_long']} are too long"
+    show(result, as_json, [f"scored {result['scored']} of {result['traces']} traces into {result['out']} ({counts})"])
+
+
+@command(app, ExportConfig, "export")
+def export(config: ExportConfig, as_json: bool) -> None:
+    """Write kept traces as a file for other trainers, with a dataset card."""
+    from distill.export import run_export
+
+    if config.check_template is not None:
+        config = config.model_copy(update={"check_template": resolve(config.check_template)})
+    result = run_export(config)
+    show(result, as_json, [f"wrote {result['rows']} rows to {result['out']}, and {result['card']}"])
 
 
 @command(app, TrainConfig, "train")
@@ -138,8 +173,9 @@ def train(config: TrainConfig, as_json: bool) -> None:
 def evaluate(config: EvalConfig, as_json: bool) -> None:
     """Measure a model's accuracy on questions with gold answers."""
     from teachers.evaluate import run_eval
+    from teachers.speaker import speaker
 
-    author, opened = _speaker(config.model, config, folder=_materialised(config))
+    author, opened = speaker(config.model, _materialised(config) or resolve(config.model), config)
     result = run_eval(config, author, opened)
     low, high = result["ci95"]
     lines = [
@@ -172,6 +208,22 @@ def fetch_model(config: FetchConfig, as_json: bool) -> None:
     show({"folder": str(folder)}, as_json, [str(folder)])
 
 
+def _judge(config: GenerateConfig | FilterConfig) -> Any:
+    """Return the model that a judging verifier asks, None where none is named."""
+    if config.judge is None and not config.judge_base_url:
+        return None
+    from distill.config import Engine
+    from teachers.judging import GREEDY, JudgeModel
+    from teachers.speaker import speaker
+
+    endpoint = {"base_url": config.judge_base_url} if config.judge_base_url else {}
+    engine = Engine(backend=config.judge_backend, **endpoint)
+    location = None if config.judge is None else resolve(config.judge)
+    author, opened = speaker(config.judge, location, engine, reasoning="none")
+    sampling = {**GREEDY, "max_completion_length": config.judge_max_completion_length}
+    return JudgeModel(author=author, open_backend=opened, sampling=sampling)
+
+
 def _trained(config: TrainConfig, result: dict[str, Any]) -> str:
     return f"trained {config.out} ({result['steps']} steps, loss {result['metrics']['loss']:.4f})"
 
@@ -201,35 +253,6 @@ def _materialised(config: EvalConfig) -> str | None:
         except OSError as error:
             raise UserError(f"cannot use {config.out} as the output folder: {error.strerror or error}") from error
     return str(folder)
-
-
-def _speaker(name: str, config: GenerateConfig | EvalConfig, folder: str | None = None) -> tuple[Any, Any]:
-    """Return who writes the completions, and the function that starts its engine; `folder` is where `name` lies."""
-    from distill.models import load_tokenizer, model_identity
-    from teachers import choose_backend, open_backend
-    from teachers.sampling import Author
-
-    model, trust = folder or resolve(name), config.trust_remote_code
-    reasoning = config.reasoning if isinstance(config, GenerateConfig) else "auto"
-    # A folder that is no model, or has no tokenizer, is refused before anything is written.
-    load_tokenizer(model, chat_template=config.chat_template, trust_remote_code=trust)
-    backend, why = choose_backend(config.backend, model)
-
-    def opened() -> Any:
-        print(f"backend: {backend} ({why})", file=sys.stderr)
-        return open_backend(
-            backend,
-            model,
-            concurrency=config.concurrency,
-            engine_args=config.engine_arg,
-            chat_template=config.chat_template,
-            trust_remote_code=trust,
-        )
-
-    identity = model_identity(model)
-    if name == "nano":  # its folder's name inside the package says nothing
-        identity = f"nano@{identity.rpartition('@')[2]}"
-    return Author(name=name, location=model, identity=identity, reasoning=reasoning), opened
 
 
 def _tokenizer_source(config: TrainConfig) -> str:

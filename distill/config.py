@@ -6,7 +6,7 @@ A field's name with `_` read as `-` is the command's long flag; the same name is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -44,16 +44,45 @@ class Sampling(Section):
         None, description="Most tokens of a completion; default: what the model's context leaves."
     )
 
+    thinking_budget: Count | None = Field(
+        None, description="Tokens after which the reasoning is closed by force (vllm, server)."
+    )
+    loop_stop: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*:[1-9]\d*$",
+        description="SIZE:COUNT, e.g. 64:8: end a completion once up to SIZE tokens came COUNT times in a row.",
+    )
+
     def sampling(self) -> dict[str, Any]:
-        """Return the settings that shape a completion, as they enter a sample's uid."""
-        return {name: getattr(self, name) for name in Sampling.model_fields}
+        """Return the settings that shape a completion, as they enter a sample's uid; what is not asked is left out."""
+        shaping: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_completion_length": self.max_completion_length,
+        }
+        if self.thinking_budget is not None:
+            shaping["thinking_budget"] = self.thinking_budget
+        if self.loop_stop is not None:
+            shaping["loop_stop"] = [int(part) for part in self.loop_stop.split(":")]
+        return shaping
 
 
 class Engine(Section):
     """Which program runs a model, and how."""
 
-    backend: str = Field("auto", description="auto, transformers, vllm.")
+    backend: str = Field("auto", description="auto, transformers, vllm, server, ray, replay.")
+    base_url: list[str] = Field(
+        default_factory=list,
+        description="server: an OpenAI-compatible endpoint, e.g. http://host:8000/v1 (repeatable: replicas).",
+    )
+    request_timeout: Annotated[float, Field(gt=0)] = Field(14400.0, description="server: seconds for one completion.")
+    retries: Annotated[int, Field(ge=0)] = Field(8, description="server: further attempts of a failed request.")
     concurrency: Count | None = Field(None, description="Samples in flight at once; default: the backend's own.")
+    tensor_parallel_size: Count | None = Field(None, description="vllm, ray: devices that share one layer.")
+    pipeline_parallel_size: Count | None = Field(
+        None, description="vllm, ray: groups of layers on devices of their own."
+    )
+    data_parallel_size: Count | None = Field(None, description="Engines side by side, each with the whole model.")
     engine_arg: list[str] = Field(
         default_factory=list, description="key=value passed to the backend, e.g. dtype=bfloat16 (repeatable)."
     )
@@ -61,11 +90,55 @@ class Engine(Section):
     trust_remote_code: bool = Field(False, description="Run Python code shipped inside a model folder.")
 
 
-class GenerateConfig(Sampling, Engine):
+class Verifying(Section):
+    """How a verifier runs."""
+
+    verifier_option: list[str] = Field(
+        default_factory=list, description="name=value for the verifier, e.g. min_agreement=0.5 (repeatable)."
+    )
+    verifier_workers: Count = Field(1, description="Processes that verify.")
+    verifier_seconds: Annotated[float, Field(gt=0)] = Field(10.0, description="Wall-clock limit of one verdict.")
+
+
+class Judging(Verifying):
+    """A model that says what is right."""
+
+    judge: str | None = Field(None, description="MODEL that judges (verifiers judge, universal-self-consistency).")
+    judge_backend: str = Field("auto", description="The judge's backend, as --backend.")
+    judge_base_url: list[str] = Field(default_factory=list, description="The judge's endpoint, as --base-url.")
+    judge_max_completion_length: Count = Field(2048, description="Most tokens of a judgement.")
+
+
+class Curation(Section):
+    """What is kept."""
+
+    keep: str = Field(
+        "correct",
+        description="correct, any (right or wrong), best-of:N (a prompt's N shortest correct) or diverse:N.",
+    )
+    drop: str = Field(
+        "truncated,malformed,loop,contaminated",
+        description="Filters that reject, comma-separated, or none; the others only flag.",
+    )
+    length: str | None = Field(None, description="LO:HI tokens of a completion, either may be empty; drops the others.")
+    pass_rate: str | None = Field(
+        None, description="LO:HI, the share of a prompt's samples that are right; drops the traces of other prompts."
+    )
+    decontaminate: list[Path] = Field(
+        default_factory=list, description="A file of evaluation questions that must not be learnt (repeatable)."
+    )
+    seek_in_completions: bool = Field(False, description="--decontaminate: look into what the teacher wrote, too.")
+    near_duplicate: Share = Field(
+        0.9, description="Similarity from which --drop near_duplicate calls two traces the same."
+    )
+
+
+class GenerateConfig(Sampling, Engine, Judging, Curation):
     """Prompts to verified traces."""
 
     prompts: str = Field(
-        description="SRC: a .jsonl/.json/.csv/.parquet file, hf:NAME[:CONFIG[:SPLIT]] or nano[:LEVEL]."
+        description="SRC: a .jsonl/.json/.csv/.parquet file, hf:NAME[:CONFIG[:SPLIT]], reasoning-gym:TASK[?k=v] or "
+        "nano[:LEVEL]."
     )
     out: Path = Field(description="The trace store's folder; the same command on it resumes.")
     teacher: str | None = Field(
@@ -76,25 +149,40 @@ class GenerateConfig(Sampling, Engine):
     limit: Count | None = Field(None, description="Use only the first N prompts.")
     system_prompt: str | None = Field(None, description="A system message put before every question that has none.")
     skip_bad_rows: bool = Field(False, description="Leave out rows without a question or gold instead of refusing.")
-    verifier: str = Field("auto", description="auto (math where there is a gold), math, none, or pkg.mod:function.")
-    keep: str = Field(
-        "correct", description="correct, any (right or wrong), or best-of:N (a prompt's N shortest correct)."
+    until_correct: Count | None = Field(
+        None, description="Keep sampling a prompt until this many of its traces are right (with --max-samples)."
     )
-    drop: str = Field(
-        "truncated,malformed,duplicate", description="Filters that reject, comma-separated; the others only flag."
+    max_samples: Count | None = Field(None, description="Most samples of a prompt under --until-correct.")
+    ahead: Annotated[int, Field(ge=0)] = Field(
+        0, description="--until-correct: samples of a prompt in flight beyond those missing; more speed, more tokens."
+    )
+    top_logprobs: Count | None = Field(
+        None, description="Store the log-probabilities of the K likeliest tokens at every position, in signal/."
+    )
+    sample_logprobs: Count | None = Field(
+        None, description="Store N random draws of the teacher's distribution at every position, in signal/."
+    )
+    verifier: str = Field(
+        "auto",
+        description="auto (by what the prompts have), none, math, choice, code_tests, reasoning-gym, judge, "
+        "self-consistency, universal-self-consistency, or pkg.mod:function.",
     )
     reasoning: Literal["auto", "think", "none"] = Field(
         "auto", description="think: <think>...</think> is required; auto: where most of the traces have it."
     )
+    check_template: str | None = Field(
+        None, description="MODEL, the student: refuse to start if its chat template would drop the reasoning."
+    )
+    log_seconds: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Seconds between two lines of progress where stderr is no terminal."
+    )
 
 
-class FilterConfig(Section):
+class FilterConfig(Judging, Curation):
     """A trace store judged again, without generating."""
 
     store: Path = Field(description="The trace store's folder.", json_schema_extra={"argument": True})
     verifier: str | None = Field(None, description="Judge again with this verifier; default: keep the stored verdicts.")
-    keep: str = Field("correct", description="correct, any, or best-of:N.")
-    drop: str = Field("truncated,malformed,duplicate", description="Filters that reject, comma-separated.")
     out: Path | None = Field(None, description="Write the result to another folder; default: in place.")
 
 
@@ -152,7 +240,7 @@ class TrainConfig(Section):
     trust_remote_code: bool = Field(False, description="Run Python code shipped inside a model folder.")
 
 
-class EvalConfig(Sampling, Engine):
+class EvalConfig(Sampling, Engine, Verifying):
     """A model's accuracy on questions with a gold answer."""
 
     model: str = Field(description="MODEL to evaluate, or prune:MODEL?layers=12.")
@@ -162,13 +250,41 @@ class EvalConfig(Sampling, Engine):
     seed: int = Field(0, description="Seed of the run.")
     limit: Count | None = Field(None, description="Use only the first N questions.")
     system_prompt: str | None = Field(None, description="A system message put before every question that has none.")
-    verifier: str = Field("math", description="math, or pkg.mod:function.")
+    verifier: str = Field(
+        "auto",
+        description="auto (by what the prompts have), math, choice, code_tests, reasoning-gym, or pkg.mod:function.",
+    )
     text: Path | None = Field(
         None, description="A trace store or .jsonl with messages: also report bits per byte on it."
     )
     chat_template: Path | None = Field(None, description="A Jinja file used where the model has no chat template.")
     arm: str | None = Field(None, description="Name of the arm in a comparison; default: the folder's name.")
     train_seed: int | None = Field(None, description="Which training seed of its arm this model is.")
+
+
+class ScoreConfig(Engine):
+    """What a teacher says about traces that exist."""
+
+    store: Path = Field(description="The trace store's folder.", json_schema_extra={"argument": True})
+    teacher: str = Field(description="MODEL that scores; it need not be who wrote the traces.")
+    top_logprobs: Count | None = Field(None, description="The K likeliest tokens at every position.")
+    sample_logprobs: Count | None = Field(None, description="N random draws of the distribution at every position.")
+    which: Literal["kept", "all"] = Field("kept", description="kept.jsonl, or every complete trace of the journal.")
+    out: Path | None = Field(None, description="The folder of the numbers; default: signal/ in the store.")
+
+
+class ExportConfig(Section):
+    """Kept traces as a file for other trainers."""
+
+    store: Path = Field(description="A trace store, or a folder made by filter.", json_schema_extra={"argument": True})
+    format: str = Field(description="messages, prompt-completion, sharegpt, openai, grpo, or pkg.mod:function.")
+    out: Path = Field(description="A .jsonl or .parquet file; a dataset card is written beside it.")
+    check_template: str | None = Field(
+        None, description="MODEL, the student: fail if its chat template would leave reasoning or stop token untrained."
+    )
+    licence: str = Field("unknown", description="Licence of the data, for the card.")
+    chat_template: Path | None = Field(None, description="A Jinja file used where the student has no chat template.")
+    trust_remote_code: bool = Field(False, description="Run Python code shipped inside a model folder.")
 
 
 class CompareConfig(Section):
@@ -223,6 +339,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path} must hold a mapping of option: value, not {type(loaded).__name__}")
     return loaded
+
+
+def key_values(pairs: Iterable[str], flag: str, known: Iterable[str] | None = None) -> dict[str, Any]:
+    """Parse `key=value` arguments; values are read as YAML, so `true`, `8` and `0.9` keep their kinds.
+
+    Args:
+        flag: the option they were given to.
+
+    Raises:
+        UserError: no `=` in one, a value that is not YAML, or a key outside `known`.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise UserError(f"{flag} takes key=value, not {pair!r}")
+        if known is not None and key not in known:
+            listed = ", ".join(known) or "none"
+            raise UserError(f"{flag} {key!r} is unknown here: allowed are {listed}{suggest(key, known)}")
+        try:
+            options[key] = yaml.safe_load(value) if value else value
+        except Exception as error:  # PyYAML lets through what its readers raise
+            raise UserError(f"{flag} {pair!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    return options
 
 
 def build(model: type[C], file: Path | None, flags: Mapping[str, Any]) -> C:

@@ -6,21 +6,39 @@ formula on every machine, so that arms can be matched by it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Running totals of one stage. `flops` may be 0.0 where nothing was computed, never where it is unknown."""
+    """Running totals of one stage. `flops` is 0.0 where nothing was computed, and None where it is unknown."""
 
-    flops: float = 0.0
+    flops: float | None = 0.0
     seconds: float = 0.0
     tokens: int = 0
+
+    def forward(self, config: Any, length: int) -> None:
+        """Add one forward pass over a causal sequence of `length` tokens; without a config the sum is unknown."""
+        if config is None:
+            self.flops = None
+        elif self.flops is not None:
+            self.flops += forward_flops(config, length, length / 2)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
         return asdict(self)
+
+
+def total(ledgers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sum of ledgers in their JSON form; what is unknown in one of them is unknown in the sum."""
+    listed = list(ledgers)
+    names = Ledger().to_json()
+    return {
+        name: None if any(each[name] is None for each in listed) else sum(each[name] for each in listed)
+        for name in names
+    }
 
 
 def forward_flops(config: Any, num_tokens: float, mean_context: float) -> float:

@@ -26,10 +26,19 @@ def say(message: str) -> None:
 
 
 class Meter:
-    """Counts finished items out of a total and shows rates beside them; use as a context manager."""
+    """Counts finished items out of a total and shows rates beside them; use as a context manager.
 
-    def __init__(self, title: str, total: int, *, done: int = 0) -> None:
+    Args:
+        unit: what is counted, for the rate.
+        line_seconds: between two plain lines where stderr is no terminal.
+    """
+
+    def __init__(
+        self, title: str, total: int, *, done: int = 0, unit: str = "", line_seconds: float = LINE_SECONDS
+    ) -> None:
         self.title, self.total, self.done, self.note = title, total, done, ""
+        self.unit = f" {unit}" if unit else ""
+        self.line_seconds = line_seconds
         self.began = self.last_line = time.monotonic()
         self.first = done
         self.bar: Progress | None = None
@@ -40,31 +49,40 @@ class Meter:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
                 TextColumn("{task.fields[note]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=console(),
                 transient=True,
             )
-            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, rate="", note="")
             self.bar.start()
         return self
 
     def advance(self, note: str = "") -> None:
         """One more item is finished; `note` is what to show beside the bar."""
-        self.done += 1
-        self.note = note
+        self.reach(self.done + 1, note)
+
+    def reach(self, done: int, note: str = "") -> None:
+        """So many items are finished now."""
+        self.done, self.note = done, note
         if self.bar:
-            self.bar.update(self.task, completed=self.done, note=note)
-        elif time.monotonic() - self.last_line >= LINE_SECONDS:
+            self.bar.update(self.task, completed=self.done, rate=f"{self.rate:.1f}{self.unit}/s", note=note)
+        elif time.monotonic() - self.last_line >= self.line_seconds:
             self.line()
+
+    @property
+    def rate(self) -> float:
+        """Items per second of this run."""
+        return (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
 
     def line(self) -> None:
         """Print the plain line now."""
-        self.last_line = time.monotonic()
-        rate = (self.done - self.first) / max(self.last_line - self.began, 1e-9)
+        self.last_line, rate = time.monotonic(), self.rate
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 else ""
-        say(f"{self.title}: {self.done}/{self.total}, {rate:.1f}/s{left}{', ' + self.note if self.note else ''}")
+        note = f", {self.note}" if self.note else ""
+        say(f"{self.title}: {self.done}/{self.total}, {rate:.1f}{self.unit}/s{left}{note}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -46,7 +46,9 @@ class Completion:
     """What a model answered to one prompt, as a backend hands it over.
 
     `text` starts with what the chat template prefilled for the assistant (an opened `<think>`), if anything.
-    `finish_reason` is `stop` (an end token), `length` (cut at the limit) or `error`; counts are the author's tokens.
+    `finish_reason` is `stop` (an end token), `length` (cut at the limit), `loop` (ended early because it repeated
+    itself) or `error`; counts are the author's tokens. `signal` is what the author said about each of its own tokens, a
+    `distill.signals.TokenSignal`, where it was asked for.
     """
 
     text: str
@@ -54,6 +56,7 @@ class Completion:
     num_prompt_tokens: int
     num_completion_tokens: int
     error: str | None = None
+    signal: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,14 @@ class Verdict:
     score: float | None
     reason: str = ""
     predicted: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a view decides about a trace: why it is rejected (nothing: it is kept), and what was noticed about it."""
+
+    reasons: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +112,13 @@ class Trace:
         return self.verdicts[-1].score if self.verdicts else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able dict; `from_json` is its inverse."""
-        return asdict(self)
+        """Return a JSON-able dict; `from_json` is its inverse.
+
+        Its values are the trace's own, not copies as `dataclasses.asdict` makes: every sample passes here twice.
+        """
+        row = {name: getattr(self, name) for name in _FIELDS}
+        row["verdicts"] = [asdict(verdict) for verdict in self.verdicts]
+        return row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Trace:
@@ -116,6 +132,9 @@ class Trace:
         values["verdicts"] = tuple(Verdict(**_known(Verdict, v)) for v in values.get("verdicts", ()))
         values["flags"] = tuple(values.get("flags", ()))
         return cls(**values)
+
+
+_FIELDS = tuple(f.name for f in fields(Trace))
 
 
 def _known(record: type, row: Mapping[str, Any]) -> dict[str, Any]:

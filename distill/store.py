@@ -4,7 +4,7 @@
 A crash loses at most the samples in flight; a torn last line is dropped when the store is opened again and its
 sample is generated anew. `kept.jsonl`, `rejected.jsonl` and `funnel.json` are views: made anew from the journal,
 written beside and renamed, so a reader never sees half of one. One writer at a time, by an OS lock that dies with
-its process. What is kept is not decided here (see teachers/filters.py).
+its process. What is kept is not decided here (see teachers/filters/).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from distill.errors import RunError, UserError
-from distill.records import Trace
+from distill.records import Judgement, Trace
 
 JOURNAL, KEPT, REJECTED, FUNNEL, MANIFEST = (
     "traces.jsonl",
@@ -40,7 +41,7 @@ def dump_line(row: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write a JSON file whole or not at all."""
     with replacing(path) as stream:
         json.dump(value, stream, indent=2, ensure_ascii=True)
@@ -278,27 +279,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_views(
-    folder: Path, out: Path, judge: Callable[[Trace], tuple[str, ...]], revise: Callable[[Trace], Trace] | None = None
+    folder: Path, out: Path, judge: Callable[[Trace], Judgement], facts: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Make `kept.jsonl`, `rejected.jsonl` and `funnel.json` in `out` from the journal in `folder`; return the funnel.
 
     Args:
-        judge: returns the reasons to reject a trace; none means kept. A failed sample (`error` set) is neither: it
-            is retried by the next run and counted as `failed`.
-        revise: an optional last change to a trace before it is judged and written, such as new verdicts.
+        judge: says why a trace is rejected, if it is, and what its flags are, seen beside the rest of the store. A
+            failed sample (`error` set) is not judged: it is retried by the next run and counted as `failed`.
+        facts: more to note in the funnel.
     """
     first_reason: dict[str, int] = {}
     any_reason: dict[str, int] = {}
+    flags: dict[str, dict[str, int]] = {}
     samples = kept = failed = 0
     with replacing(out / KEPT) as kept_stream, replacing(out / REJECTED) as rejected_stream:
         for trace in latest(folder):
-            trace = revise(trace) if revise else trace
             samples += 1
             if trace.error is not None:
                 failed += 1
                 rejected_stream.write(dump_line({**trace.to_json(), "reasons": ["failed"]}))
                 continue
-            reasons = judge(trace)
+            judgement = judge(trace)
+            reasons, trace = judgement.reasons, replace(trace, flags=judgement.flags)
+            for flag in judgement.flags:
+                count = flags.setdefault(flag.partition(": ")[0], {"samples": 0, "kept": 0})
+                count["samples"] += 1
+                count["kept"] += not reasons
             if not reasons:
                 kept += 1
                 kept_stream.write(dump_line(as_conversation(trace)))
@@ -314,6 +320,8 @@ def write_views(
         "kept": kept,
         "rejected": dict(sorted(first_reason.items(), key=lambda item: -item[1])),  # by first reason: these add up
         "reasons": dict(sorted(any_reason.items(), key=lambda item: -item[1])),  # by any reason: these overlap
+        "flags": dict(sorted(flags.items(), key=lambda item: -item[1]["samples"])),  # what dropping them would cost
+        **(facts or {}),
     }
     write_json(out / FUNNEL, funnel)
     return funnel

@@ -1,19 +1,21 @@
 """What every backend takes and gives: `Request` in, `Completion` out, in order of completion.
 
-A backend is a class with `provides` (what it can hand over besides text), `generate` and `close`. It pulls requests
-from an iterator, so that new work can be decided while it runs, and keeps as many in flight as it likes. One failed
-request becomes a `Completion` with `error` set; only a dead engine raises.
+A backend is a class with `provides` (what it can do besides text), `generate` and `close`. It pulls requests from an
+iterator, so that new work can be decided while it runs, and keeps as many in flight as it likes. One failed request
+becomes a `Completion` with `error` set; only a dead engine raises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from distill.errors import UserError
+from distill.config import key_values
 from distill.records import Completion, Prompt
-from distill.tables import suggest
+
+if TYPE_CHECKING:
+    from distill.signals import SignalSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,22 +28,43 @@ class Request:
     seed: int
 
 
+# What a backend may provide -> the option that asks for it.
+FEATURES = {
+    "text": "",
+    "top_logprobs": "--top-logprobs",
+    "sample_logprobs": "--sample-logprobs",
+    "score": "distill score",
+    "thinking_budget": "--thinking-budget",
+    "loop_stop": "--loop-stop",
+    "feed": "",  # takes new requests while others run; without it, between batches
+}
+
+
 class Backend(Protocol):
-    """A program that runs one model."""
+    """A program that runs one model.
+
+    A class may also have `identify(model, **options) -> (name, identity)`, where its model is not a folder or hub id
+    whose files say who it is; and, with "score" in `provides`, `score(items, signal)`, which yields (uid, TokenSignal)
+    for (uid, prompt ids, completion ids) of texts that exist.
+    """
 
     name: str
-    provides: frozenset[str]  # of {"text", "logits", "top_logprobs", "hidden_states"}
+    provides: frozenset[str]  # of `FEATURES`; an attribute of the class, so that it can be asked before a start
     description: str  # one line for the user: device, type, how many in flight
-    config: Any  # the model's transformers config, for the FLOPs of the ledger
+    config: Any  # the model's transformers config, for the FLOPs of the ledger; None where it is not known
 
     def generate(
-        self, requests: Iterable[Request], sampling: Mapping[str, Any]
+        self, requests: Iterable[Request | None], sampling: Mapping[str, Any], *, signal: SignalSpec | None = None
     ) -> Iterator[tuple[Request, Completion]]:
         """Yield every request once with its completion, in order of completion.
 
         Args:
-            requests: pulled lazily.
-            sampling: `temperature`, `top_p`, `max_completion_length` (None: what the context leaves).
+            requests: pulled lazily. A None says: nothing to send now, perhaps when some of what you hold is answered.
+                It never comes while the engine holds nothing.
+            sampling: `temperature`, `top_p`, `max_completion_length` (None: what the context leaves), and where asked
+                for `thinking_budget` (tokens) and `loop_stop` ([size, count]: end a completion once a pattern of at
+                most `size` tokens came `count` times in a row).
+            signal: the log-probabilities to put into `Completion.signal`.
         """
         ...
 
@@ -79,22 +102,5 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def engine_options(pairs: Iterable[str], known: Iterable[str] | None = None) -> dict[str, Any]:
-    """Parse `key=value` arguments; values are read as YAML, so `true`, `8` and `0.9` keep their kinds.
-
-    Raises:
-        UserError: no `=` in one, or a key outside `known`.
-    """
-    import yaml
-
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key:
-            raise UserError(f"--engine-arg takes key=value, not {pair!r}")
-        if known is not None and key not in known:
-            raise UserError(
-                f"--engine-arg {key!r} is unknown here: allowed are {', '.join(known)}{suggest(key, known)}"
-            )
-        options[key] = yaml.safe_load(value) if value else value
-    return options
+    """Parse `--engine-arg key=value` arguments; see `distill.config.key_values`."""
+    return key_values(pairs, "--engine-arg", known)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from distill.config import EvalConfig
+from distill.config import EvalConfig, key_values
 from distill.errors import UserError
 from distill.evaluate import bits_per_byte, strata, summarise
 from distill.progress import say
@@ -20,8 +20,12 @@ from distill.records import Message
 from distill.run_folder import RUN
 from distill.store import TraceStore, read_lines, read_manifest, read_traces, write_json
 from teachers.backend import Backend
+from teachers.filters.keep import KeepRule, verdict_reason
+from teachers.judging import judged_after
+from teachers.plan import Author, FixedPlan
 from teachers.prompts import read_prompts, require
-from teachers.sampling import Author, check_golds, fill, plan, verifier_name, versions
+from teachers.sampling import fill, versions
+from teachers.verifiers.gold import check_golds, verifier_name
 from teachers.verifiers.pool import VerifierPool
 
 SAMPLES, SUMMARY = "samples.jsonl", "eval.json"
@@ -35,24 +39,27 @@ def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Back
         RunError: the engine or the disk failed; the samples drawn so far stay.
     """
     prompts, bad = read_prompts(config.prompts, limit=config.limit, split="heldout", system_prompt=config.system_prompt)
-    prompts = require(prompts, bad, gold=True, skip=False)
-    verifier = verifier_name(config.verifier, prompts)
-    if verifier is None:
-        raise UserError("an evaluation needs a verifier: --verifier math, or pkg.mod:function")
+    verifier = verifier_name(config.verifier, prompts) or "math"
+    if config.verifier == "none" or judged_after(verifier):
+        raise UserError(
+            f"an evaluation compares with what is known to be right, and --verifier {config.verifier} does not: name "
+            "math, choice, code_tests, reasoning-gym or pkg.mod:function"
+        )
+    prompts = require(prompts, bad, verifier=verifier, skip=False)
+    options = key_values(config.verifier_option, "--verifier-option")
     conversations = _conversations(config)
     with ExitStack() as stack:
         store = stack.enter_context(TraceStore(config.out, journal=SAMPLES))
         store.claim(_recipe(config, author, verifier), own=(Path(author.location).name,))
-        pool = stack.enter_context(VerifierPool(verifier))
-        if verifier == "math":
-            prompts, unreadable = check_golds(prompts, pool)
-            if unreadable:
-                listed = "; ".join(f"{p.source}: {p.gold!r} ({reason})" for p, reason in unreadable[:3])
-                raise UserError(f"{len(unreadable)} gold answers cannot be verified, mend or remove them: {listed}")
-        wanted = list(plan(prompts, config.n, author.identity, config.sampling(), config.seed))
+        limits: dict[str, Any] = {"workers": config.verifier_workers, "limit_seconds": config.verifier_seconds}
+        pool = stack.enter_context(VerifierPool(verifier, options=options, **limits))
+        prompts, unreadable = check_golds(prompts, pool)
+        if unreadable:
+            listed = "; ".join(f"{p.source}: {p.gold!r} ({reason})" for p, reason in unreadable[:3])
+            raise UserError(f"{len(unreadable)} gold answers cannot be verified, mend or remove them: {listed}")
         fill(
             store,
-            wanted,
+            FixedPlan(prompts, config.n, author, config.sampling(), config.seed),
             open_backend,
             pool,
             author=author,
@@ -60,6 +67,7 @@ def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Back
             verifier=verifier,
             title="eval",
             retry_failed=False,
+            reason=lambda trace: verdict_reason(trace, KeepRule(correct=True)),
         )
     result = summarise(read_traces(config.out / SAMPLES), samples_per_question=config.n)
     levels = strata(read_traces(config.out / SAMPLES), "level")
@@ -90,7 +98,8 @@ def run_eval(config: EvalConfig, author: Author, open_backend: Callable[[], Back
 def _recipe(config: EvalConfig, author: Author, verifier: str) -> dict[str, Any]:
     """Everything that decides the samples: an evaluation, unlike a store, is never extended."""
     settings = {key: getattr(config, key) for key in ("prompts", "n", "seed", "limit", "system_prompt")}
-    return {**settings, "model": author.identity, "sampling": config.sampling(), "verifier": verifier}
+    judged = {"verifier": verifier, "verifier_option": config.verifier_option or None}
+    return {**settings, "model": author.identity, "sampling": config.sampling(), **judged}
 
 
 def _conversations(config: EvalConfig) -> list[list[Message]]:

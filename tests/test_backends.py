@@ -1,11 +1,17 @@
-"""One contract for every backend in `BACKENDS`, on the embedded teacher; the vllm one runs the real engine on CPU."""
+"""One contract for every backend in `BACKENDS`, on the embedded teacher.
+
+vllm, server (a real `vllm serve` on loopback) and ray (a real cluster of this machine) run vLLM's engine on CPU. replay
+answers from a store that the transformers backend fills with the very requests it is about to be asked.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,13 +20,18 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from vllm_server import serve_nano
 
 from distill.errors import UserError
 from distill.records import Completion, Prompt
+from distill.store import TraceStore
 from distill.watchdog import MARK, marked
 from teachers import BACKENDS, nano, open_backend
-from teachers.backend import Request, engine_options, room
-from teachers.transformers_engine import SeededSampling
+from teachers.backend import FEATURES, Request, engine_options, room
+from teachers.engines.replay import ReplayEngine
+from teachers.engines.transformers_engine import SeededSampling
+from teachers.plan import Author
+from teachers.sampling import trace_of
 
 CONTEXT = 640
 IN_FLIGHT = 8
@@ -47,16 +58,61 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Replayed:
+    """A replay engine whose store always holds what it is asked: another engine answers first."""
+
+    def __init__(self, teacher: Path, store: Path) -> None:
+        self.recorder = open_backend("transformers", str(teacher), concurrency=IN_FLIGHT, engine_args=["dtype=float32"])
+        self.store, self.author = store, Author(name="nano", location="", identity="nano")
+        self.name, self.tokenizer = "replay", self.recorder.tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ReplayEngine, name)
+
+    def generate(
+        self, requests: Iterator[Request | None], sampling: dict[str, Any]
+    ) -> Iterator[tuple[Request, Completion]]:
+        """Record and replay one request after the other: it is never ahead of its caller."""
+        for request in requests:
+            folder = Path(tempfile.mkdtemp(dir=self.store))
+            with TraceStore(folder) as store:
+                store.claim({"sampling": sampling})
+                ((_, completion),) = self.recorder.generate(iter([request]), sampling)
+                store.append(trace_of(request, completion, self.author, "transformers"))
+            yield from open_backend("replay", str(folder)).generate(iter([request]), sampling)
+
+    def close(self) -> None:
+        self.recorder.close()
+
+
+@contextlib.contextmanager
+def _started(name: str, teacher: Path, folder: Path) -> Iterator[Any]:
+    if name == "replay":
+        yield Replayed(teacher, folder)
+        return
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"concurrency": IN_FLIGHT}
+        if name == "server":
+            options["base_url"] = [stack.enter_context(serve_nano(teacher))]
+        else:
+            options["engine_args"] = ["dtype=float32"]
+        opened = open_backend(name, str(teacher), **options)
+        stack.callback(opened.close)
+        yield opened
+
+
+VLLM = ("vllm", "server", "ray")  # those whose engine is vLLM
+
+
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.vllm] if name == "vllm" else []) for name in BACKENDS],
+    params=[pytest.param(name, marks=[pytest.mark.vllm] if name in VLLM else []) for name in BACKENDS],
 )
-def engine(request: pytest.FixtureRequest, teacher: Path) -> Iterator[Any]:
+def engine(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One engine of each kind, shared by the tests below, `IN_FLIGHT` samples at once."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    opened = open_backend(request.param, str(teacher), concurrency=IN_FLIGHT, engine_args=["dtype=float32"])
-    yield opened
-    opened.close()
+    with _started(request.param, teacher, tmp_path_factory.mktemp("engine")) as opened:
+        yield opened
     limit = time.monotonic() + 20
     while left := [pid for pid in marked(os.environ.get(MARK, "")) if _title(pid).startswith("VLLM")]:
         assert time.monotonic() < limit, left
@@ -155,7 +211,7 @@ def test_sampling_that_the_engine_would_refuse_or_change_is_refused(engine: Any)
     """vLLM takes temperatures of 0.01 to 2 and quietly changes smaller ones; a user gets one line instead."""
     request = _requests(_questions(1))
     for temperature in (0.001, 7.0):
-        if engine.name == "vllm":
+        if engine.name in VLLM:
             with pytest.raises(UserError, match=f"temperature.*{temperature}"):
                 _texts(engine, request, {**GREEDY, "temperature": temperature})
         else:
@@ -218,7 +274,7 @@ def test_requests_are_pulled_only_when_there_is_room(engine: Any) -> None:
         answered += 1
         assert pulled - answered <= IN_FLIGHT
     assert answered == pulled == 3 * IN_FLIGHT + 1
-    assert most == IN_FLIGHT
+    assert most == (1 if engine.name == "replay" else IN_FLIGHT)
 
 
 def test_no_request_is_no_work(engine: Any) -> None:
@@ -227,6 +283,8 @@ def test_no_request_is_no_work(engine: Any) -> None:
 
 def test_what_the_template_opened_is_part_of_the_text(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A template that opens `<think>` itself leaves the text as if the model had written the tag."""
+    if engine.name == "server":
+        pytest.skip("a server renders by its own template; tests/test_server.py has what it does about such tags")
     monkeypatch.setattr(engine.tokenizer, "chat_template", PREFILLING)
     for completion in _texts(engine, _requests(_questions(3)), GREEDY).values():
         assert completion.text.startswith("<think>\n")
@@ -241,11 +299,15 @@ def test_long_prompts_with_seeds_in_flight(engine: Any, reference: tuple[Any, An
 
 
 def test_the_description_is_one_line_and_the_config_counts_flops(engine: Any) -> None:
+    assert set(engine.provides) <= set(FEATURES)
+    assert "text" in engine.provides
+    assert BACKENDS[engine.name]
+    if engine.name == "replay":
+        assert engine.config is None  # the cost of a stored trace is its store's to know
+        return
     assert "\n" not in engine.description
     assert str(IN_FLIGHT) in engine.description
     assert engine.config.hidden_size == 128
-    assert "text" in engine.provides
-    assert BACKENDS[engine.name]
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(teacher: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from distill import config
-from distill.config import FilterConfig, GenerateConfig, Sampling, Section, TrainConfig, build, read_yaml
+from distill.config import FilterConfig, GenerateConfig, Section, TrainConfig, build, read_yaml
 from distill.errors import UserError
 
 MODELS = [m for _, m in inspect.getmembers(config, inspect.isclass) if issubclass(m, Section) and m is not Section]
@@ -202,4 +202,6 @@ def test_configs_are_frozen_and_sampling_is_what_shapes_a_completion() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         built.n = 2  # type: ignore[misc]
     assert built.sampling() == {"temperature": 0.6, "top_p": 0.95, "max_completion_length": None}
-    assert set(built.sampling()) == set(Sampling.model_fields)
+    for name, value in {"temperature": 1.5, "top_p": 0.5, "max_completion_length": 7, "thinking_budget": 9}.items():
+        assert build(GenerateConfig, None, NEEDED | {name: value}).sampling() == {**built.sampling(), name: value}
+    assert build(GenerateConfig, None, NEEDED | {"loop_stop": "64:8"}).sampling()["loop_stop"] == [64, 8]

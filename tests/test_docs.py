@@ -25,9 +25,11 @@ from distill.config import (
     CompareConfig,
     DemoConfig,
     EvalConfig,
+    ExportConfig,
     FetchConfig,
     FilterConfig,
     GenerateConfig,
+    ScoreConfig,
     Section,
     TrainConfig,
     build,
@@ -44,6 +46,8 @@ MODELS: dict[str, type[Section]] = {
     "demo": DemoConfig,
     "generate": GenerateConfig,
     "filter": FilterConfig,
+    "score": ScoreConfig,
+    "export": ExportConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
     "compare": CompareConfig,
@@ -137,7 +141,7 @@ def test_every_command_parses(page: Path, line: str, tmp_path: Path) -> None:
         parse_keep(config.keep)
         parse_drop(config.drop)
     if isinstance(config, GenerateConfig):
-        assert config.teacher or config.prompts.partition(":")[0] == "nano"
+        assert config.teacher or config.base_url or config.prompts.partition(":")[0] == "nano"
     if isinstance(config, GenerateConfig | EvalConfig):
         from teachers import BACKENDS
 
@@ -163,7 +167,7 @@ def test_a_wrong_command_would_be_seen(line: str, tmp_path: Path) -> None:
 
 def test_flags_in_running_text_exist() -> None:
     flags = {option for command in cli_commands().values() for parameter in command.params for option in parameter.opts}
-    allowed = flags | {"--help", "--editable", "--yes"}
+    allowed = flags | {"--help", "--editable", "--yes", "--max-logprobs", "--reasoning-parser"}  # the last two: vLLM's
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
             for flag in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", span):
@@ -314,7 +318,7 @@ def test_every_field_written_is_documented(road: Path) -> None:
     assert set(trace) - set(kept) == {"completion", "error"}
     assert set(kept) <= set(trace)
     assert kept["messages"][-1]["role"] == "assistant"
-    assert set(whole("runs/traces/funnel.json")) == named("funnel.json") & {"samples", "kept", "rejected", "reasons"}
+    assert named("funnel.json") >= set(whole("runs/traces/funnel.json")) > {"samples", "kept", "rejected", "reasons"}
     inner = {*manifest["recipe"], *manifest["recipe"]["sampling"], *manifest["ledger"], *manifest["runs"][0]}
     assert {*manifest, *inner} <= named("manifest.json")
     for arm in ("hard", "soft"):

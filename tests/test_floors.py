@@ -31,6 +31,14 @@ DATA_HALF = (
     "teachers.generate",
     "teachers.refilter",
     "teachers.sampling",
+    "teachers.plan",
+    "teachers.curation",
+    "teachers.judging",
+    "teachers.score",
+    "teachers.engines.server",
+    "teachers.engines.replay",
+    "distill.signals",
+    "distill.export",
 )
 LAZY = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")
 

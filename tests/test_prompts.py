@@ -198,8 +198,8 @@ def test_a_bad_row_is_named_by_number_and_the_others_go_on(tmp_path: Path, row: 
     assert [b.source for b in bad] == ["a.jsonl:3"]
     assert reason in bad[0].reason
     with pytest.raises(UserError, match=r"^a\.jsonl:3: .*--skip-bad-rows"):
-        require(prompts, bad, gold=True, skip=False)
-    assert require(prompts, bad, gold=True, skip=True) == prompts
+        require(prompts, bad, verifier="math", skip=False)
+    assert require(prompts, bad, verifier="math", skip=True) == prompts
 
 
 def test_numbers_of_rows_in_every_format(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_duplicate_questions_are_asked_once_and_limit_counts_rows(tmp_path: Path
     source = write_rows(tmp_path / "a.jsonl", [ROWS[0], ROWS[0], {**ROWS[0], "answer": "3"}, ROWS[1], {}])
     prompts, bad = read_prompts(source, limit=4)
     assert (len(prompts), bad) == (4, [])
-    asked = require(prompts, bad, gold=True, skip=False)
+    asked = require(prompts, bad, verifier="math", skip=False)
     assert [(p.source, p.gold) for p in asked] == [("a.jsonl:1", "2"), ("a.jsonl:4", "\\frac{1}{2}")]
     assert len(read_prompts(source, limit=1)[0]) == 1
     assert len(read_prompts(source)[1]) == 1
@@ -292,14 +292,14 @@ def test_require_names_rows_without_a_gold(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"a\.jsonl:2: no gold answer.*a\.jsonl:4.*\(and 2 more rows\).*--verifier none"
     ):
-        require(prompts, bad, gold=True, skip=False)
-    assert len(require(prompts, bad, gold=True, skip=True)) == 1
-    assert len(require(prompts, bad, gold=False, skip=False)) == 6
+        require(prompts, bad, verifier="math", skip=False)
+    assert len(require(prompts, bad, verifier="math", skip=True)) == 1
+    assert len(require(prompts, bad, verifier=None, skip=False)) == 6
 
 
 def test_nothing_usable_is_an_error_even_when_skipping() -> None:
     with pytest.raises(UserError, match="no usable prompt: all 1 rows are unusable, the first is a:1: why"):
-        require([], [BadRow("a:1", "why")], gold=False, skip=True)
+        require([], [BadRow("a:1", "why")], verifier=None, skip=True)
 
 
 def test_a_system_prompt_goes_before_questions_without_one(tmp_path: Path) -> None:
@@ -325,7 +325,32 @@ JSON_VALUES = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["messages", "prompt", "question", "answer", "role", "content", "Body", "Question", "level"]
+                [
+                    "messages",
+                    "prompt",
+                    "question",
+                    "answer",
+                    "role",
+                    "content",
+                    "Body",
+                    "Question",
+                    "level",
+                    "choices",
+                    "options",
+                    "text",
+                    "label",
+                    "test",
+                    "code",
+                    "entry_point",
+                    "test_list",
+                    "verification_info",
+                    "language",
+                    "test_cases",
+                    "input",
+                    "output",
+                    "type",
+                    "fn_name",
+                ]
             )
             | st.text(max_size=4),
             inner,
@@ -347,7 +372,7 @@ def test_any_json_is_prompts_bad_rows_or_a_user_error(tmp_path: Path, values: li
     for path in (lines, whole):
         try:
             prompts, bad = read_prompts(str(path))
-            require(prompts, bad, gold=True, skip=True)
+            require(prompts, bad, verifier="math", skip=True)
         except UserError:
             continue
         assert len(prompts) + len(bad) == len(values)
@@ -377,6 +402,139 @@ def check(prompt: Prompt) -> None:
     json.dumps([list(prompt.messages), prompt.gold, dict(prompt.meta)], allow_nan=False, ensure_ascii=False).encode(
         "utf-8"
     )
+
+
+MMLU = {"question": "Capital of France?", "choices": ["Rome", "Paris", "Bonn", "Oslo"], "answer": 1}
+SHOWN = "Capital of France?\n\nA. Rome\nB. Paris\nC. Bonn\nD. Oslo"
+LETTERS = {"A": "Rome", "B": "Paris", "C": "Bonn", "D": "Oslo"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        MMLU,
+        {**MMLU, "answer": "B"},
+        {**MMLU, "answer": "b"},
+        {**MMLU, "answer": "Paris"},
+        {**MMLU, "answer": 1.0},
+        {**MMLU, "choices": json.dumps(MMLU["choices"])},
+        {"question": MMLU["question"], "options": MMLU["choices"], "answer": "B", "answer_index": 1},
+        {"question": MMLU["question"], "options": LETTERS, "answer": "B"},
+        {"question": MMLU["question"], "options": ["A)Rome", "B)Paris", "C)Bonn", "D)Oslo"], "correct": "B"},
+        {
+            "question": MMLU["question"],
+            "choices": {"text": MMLU["choices"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "B",
+        },
+        {
+            "question": MMLU["question"],
+            "choices": {"text": MMLU["choices"], "label": ["1", "2", "3", "4"]},
+            "answerKey": "2",
+        },
+    ],
+)
+def test_multiple_choice_in_every_form(row: dict[str, Any]) -> None:
+    prompt = prompt_of(row, "a:1")
+    assert prompt.messages == user(SHOWN)
+    assert prompt.gold == "B"
+    assert prompt.meta["choices"] == LETTERS
+
+
+def test_options_that_the_question_shows_are_not_shown_twice() -> None:
+    assert prompt_of({**MMLU, "question": SHOWN}, "a:1").messages == user(SHOWN)
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": MMLU["question"]}]
+    assert prompt_of({**MMLU, "messages": turns}, "a:1").messages == (turns[0], *user(SHOWN))
+
+
+def test_a_gold_that_is_none_of_the_options_is_left_for_the_check() -> None:
+    assert prompt_of({**MMLU, "answer": 4}, "a:1").gold == "4"
+    assert prompt_of({**MMLU, "answer": "Berlin"}, "a:1").gold == "Berlin"
+    assert prompt_of({"question": "1+1?", "choices": None, "answer": 2}, "a:1").meta == {}
+
+
+HUMAN_EVAL = {
+    "prompt": 'def inc(x: int) -> int:\n    """Add one."""\n',
+    "entry_point": "inc",
+    "test": "def check(candidate):\n    assert candidate(1) == 2\n",
+    "canonical_solution": "    return x + 1\n",
+}
+MBPP = {"text": "Add one.", "code": "def inc(x):\n  return x + 1", "test_list": ["assert inc(1) == 2"]}
+
+
+def test_tests_of_humaneval_and_mbpp() -> None:
+    prompt = prompt_of(HUMAN_EVAL, "a:1")
+    assert prompt.messages == user(HUMAN_EVAL["prompt"])
+    assert prompt.meta["tests"] == {
+        "cases": [{"type": "code", "code": HUMAN_EVAL["test"] + "\ncheck(inc)"}],
+        "entry_point": "inc",
+        "head": HUMAN_EVAL["prompt"],
+        "solution": HUMAN_EVAL["prompt"] + HUMAN_EVAL["canonical_solution"],
+    }
+    prompt = prompt_of({**MBPP, "test_setup_code": "import math", "test_imports": ["import re"]}, "a:1")
+    assert prompt.messages == user("Add one.\nYour code should pass these tests:\n\nassert inc(1) == 2")
+    assert prompt.meta["tests"]["setup"] == "import re\nimport math"
+    assert prompt.meta["tests"]["solution"] == MBPP["code"]
+
+
+def test_verification_info_in_every_form() -> None:
+    cases = [
+        {"type": "stdin_stdout", "input": "1\n", "output": "2\n"},
+        {"type": "function_call", "fn_name": "f", "input": "[1, 2]\n3", "output": "5"},
+        {"type": "function_call", "fn_name": "f", "input": [1, [2]], "output": [[5]]},
+    ]
+    expected = [
+        {"type": "stdin_stdout", "input": "1\n", "output": "2\n"},
+        {"type": "function_call", "name": "f", "input": [[1, 2], 3], "output": 5},
+        {"type": "function_call", "name": "f", "input": [1, [2]], "output": [[5]]},
+    ]
+    for info in ({"language": "python", "test_cases": cases}, {"language": "python", "test_cases": json.dumps(cases)}):
+        for column in (info, json.dumps(info)):
+            prompt = prompt_of({"question": "?", "verification_info": column}, "a:1")
+            assert prompt.meta["tests"]["cases"] == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"verification_info": {"language": "cpp", "test_cases": []}}, "for 'cpp'; only python"),
+        ({"verification_info": "no"}, "verification_info must be an object"),
+        ({"verification_info": {"language": "python"}}, "no test_cases"),
+        ({"verification_info": {"test_cases": [{"input": "1"}]}}, "input and output"),
+        ({"verification_info": {"test_cases": [{"input": "", "output": "", "type": "x"}]}}, "of type stdin_stdout or"),
+        ({"verification_info": {"test_cases": [{"input": 1, "output": ""}]}}, "must be texts"),
+        ({"verification_info": {"test_cases": [{"input": 1, "output": 1, "fn_name": "a b"}]}}, "name its function"),
+        (
+            {"verification_info": {"test_cases": [{"input": 1, "output": float("nan"), "fn_name": "f"}]}},
+            "cannot be written as JSON",
+        ),
+        ({"test_list": "assert"}, "test_list must be a list"),
+        ({"choices": [1]}, "choices must be 2 to 26 texts"),
+        ({"options": ["", "x"]}, "options must be 2 to 26 texts"),
+    ],
+)
+def test_tests_and_options_that_cannot_be_used_are_refused_by_row(
+    tmp_path: Path, columns: dict[str, Any], reason: str
+) -> None:
+    prompts, bad = read_prompts(write_rows(tmp_path / "a.jsonl", [ROWS[0], {"question": "?", **columns}]))
+    assert len(prompts) == 1
+    assert (bad[0].source, reason in bad[0].reason) == ("a.jsonl:2", True), bad
+
+
+@pytest.mark.parametrize(
+    ("verifier", "row", "reason"),
+    [
+        ("code_tests", {"question": "?"}, "no tests: needs test and entry_point"),
+        ("reasoning-gym", {"question": "?"}, "no reasoning-gym entry"),
+        ("choice", {"question": "?"}, "no gold answer"),
+    ],
+)
+def test_require_asks_for_what_the_verifier_needs(verifier: str, row: dict[str, Any], reason: str) -> None:
+    prompts = [prompt_of(row, "a:1"), prompt_of({**MMLU, **HUMAN_EVAL, "answer": 1}, "a:2")]
+    with pytest.raises(UserError, match=f"^a:1: {reason}"):
+        require(prompts, [], verifier=verifier, skip=False)
+    if verifier != "reasoning-gym":
+        assert require(prompts, [], verifier=verifier, skip=True) == prompts[1:]
+    assert require(prompts, [], verifier="own.module:function", skip=False) == prompts
 
 
 def gsm8k(row: dict[str, Any]) -> str:

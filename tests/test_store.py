@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill.errors import RunError, UserError
-from distill.records import Trace, Verdict
+from distill.records import Judgement, Trace, Verdict
 from distill.store import (
     FUNNEL,
     JOURNAL,
@@ -381,7 +381,7 @@ def test_the_views_add_up(tmp_path: Path, outcomes: list[tuple[int, str]]) -> No
     fill(tmp_path, [trace(uid, answer=what, error="dead" if what == "fails" else None) for uid, what in outcomes])
     assert {t.uid: t.answer for t in latest(tmp_path)} == {f"u{uid}": what for uid, what in last.items()}
     reasons = {"kept": (), "wrong": ("wrong",), "wrong and truncated": ("truncated", "wrong")}
-    funnel = write_views(tmp_path, tmp_path, lambda t: reasons[t.answer])
+    funnel = write_views(tmp_path, tmp_path, lambda t: Judgement(reasons[t.answer], (t.answer,)), {"seen": 7})
     kept = [row for _, row in read_lines(tmp_path / KEPT)]
     rejected = [row for _, row in read_lines(tmp_path / REJECTED)]
     counts = Counter(last.values())
@@ -395,27 +395,25 @@ def test_the_views_add_up(tmp_path: Path, outcomes: list[tuple[int, str]]) -> No
     assert funnel["reasons"] == dict(every)
     assert every["wrong"] == counts["wrong"] + counts["wrong and truncated"]
     assert {row["uid"] for row in kept}.isdisjoint(row["uid"] for row in rejected)
+    del counts["fails"]
+    flags = {answer: {"samples": n, "kept": n * (answer == "kept")} for answer, n in counts.items()}
+    assert (funnel["flags"], funnel["seen"]) == (flags, 7)
+    assert all(json.loads(row["flags"]) == ["kept"] for row in kept)
 
 
 def test_rejected_lines_are_traces_with_reasons(tmp_path: Path) -> None:
     fill(tmp_path, [trace(0, gold="2")])
-    write_views(tmp_path, tmp_path, lambda _: ("wrong",))
+    write_views(tmp_path, tmp_path, lambda _: Judgement(("wrong",)))
     ((_, row),) = read_lines(tmp_path / REJECTED)
     assert row.pop("reasons") == ["wrong"]
     assert Trace.from_json(row) == trace(0, gold="2")
 
 
-def test_views_can_be_written_elsewhere_and_with_new_verdicts(tmp_path: Path) -> None:
+def test_views_can_be_written_elsewhere(tmp_path: Path) -> None:
     fill(tmp_path / "s", [trace(0)])
     (tmp_path / "v").mkdir()
-    verdict = Verdict(verifier="v", version="1", score=1.0)
-    write_views(
-        tmp_path / "s",
-        tmp_path / "v",
-        lambda t: () if t.score else ("wrong",),
-        lambda t: replace(t, verdicts=(verdict,)),
-    )
-    assert [row["verdicts"][0]["score"] for _, row in read_lines(tmp_path / "v" / KEPT)] == [1.0]
+    write_views(tmp_path / "s", tmp_path / "v", lambda _: Judgement())
+    assert [row["uid"] for _, row in read_lines(tmp_path / "v" / KEPT)] == ["u0"]
     assert not (tmp_path / "s" / KEPT).exists()
     assert list(read_traces(tmp_path / "s")) == [trace(0)]
 
@@ -465,7 +463,7 @@ def test_kept_lines_load_as_one_table_though_the_first_lack_what_the_later_have(
         for index in range(110):
             store.append(replace(plain, uid=f"plain{index}"))
         store.append(late)
-    write_views(tmp_path, tmp_path, lambda _: ())
+    write_views(tmp_path, tmp_path, lambda _: Judgement())
     assert (tmp_path / KEPT).stat().st_size > 10 << 20
     table = datasets.load_dataset(
         "json", data_files=str(tmp_path / KEPT), split="train", cache_dir=str(tmp_path / "cache")

@@ -17,6 +17,7 @@ from math_verify import parse, verify
 from distill.records import Trace, Verdict
 
 NAME = "math"
+RULES = 1  # ours, which change a verdict where math-verify does not
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns about the limits we replaced
 
@@ -42,7 +43,7 @@ def math(trace: Trace) -> Verdict:
 
 @lru_cache(maxsize=1)
 def _version() -> str:
-    return f"math-verify {version('math-verify')}"
+    return f"rules {RULES}, math-verify {version('math-verify')}"
 
 
 @lru_cache(maxsize=4096)

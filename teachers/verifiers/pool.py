@@ -1,7 +1,8 @@
 """A pool of killable verifier processes: every verdict comes within a wall-clock limit, whatever the text.
 
 Threads and signals cannot stop a computer-algebra system that runs away; a process can be killed. A worker that
-overruns is killed and replaced, and its trace gets a verdict without a score and the reason `timeout`.
+overruns is killed and replaced, and its trace gets a verdict without a score and the reason `timeout`. A worker that
+dies before it has read a job takes no verdict with it: another gets the job.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from distill.errors import RunError, UserError
@@ -26,16 +28,26 @@ from distill.watchdog import child_environment, guard
 
 START_SECONDS = 120.0  # importing a computer-algebra system on a busy machine
 MEMORY_BYTES = 4 << 30
+DIED = "the verifier's process died"
+GROUP_LIMITS = 4  # single limits a group may take at most: among many samples one that hangs must not cost minutes
+
+
+@dataclass(slots=True)
+class _Job:
+    key: Any
+    traces: tuple[Trace, ...]
+    read: bool = False  # a worker has it, so what happens to that worker is this job's doing
+    tries: int = 0
 
 
 class _Worker:
     """One process, what it is judging, and until when."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         # A file, because a pipe that nobody reads would stop a talkative verifier; closed by `kill`.
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "teachers.verifiers.worker", name, str(MEMORY_BYTES)],
+            [sys.executable, "-m", "teachers.verifiers.worker", name, str(MEMORY_BYTES), json.dumps(dict(options))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -43,7 +55,7 @@ class _Worker:
             env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
         )
         self.buffer = b""
-        self.job: tuple[Any, Trace] | None = None
+        self.job: _Job | None = None
         self.ready = False
         self.deadline = time.monotonic() + START_SECONDS
 
@@ -68,15 +80,27 @@ class VerifierPool:
 
     Args:
         name: a name in `VERIFIERS` or `pkg.mod:function`.
+        options: the verifier's keyword-only arguments, JSON-able.
         workers: processes; 1 is enough beside a busy CPU engine.
-        limit_seconds: wall-clock limit of one verdict.
+        limit_seconds: wall-clock limit of one trace's verdict; a group has that for each of its traces, four
+            times at most. An option
+            `seconds`, a verifier's own limit, is added to it.
     """
 
-    def __init__(self, name: str, *, workers: int = 1, limit_seconds: float = 10.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        workers: int = 1,
+        limit_seconds: float = 10.0,
+    ) -> None:
         self.name = name
-        self.limit_seconds = limit_seconds
-        self.waiting: deque[tuple[Any, Trace]] = deque()
-        self.finished: deque[tuple[Any, Trace, Verdict]] = deque()
+        self.options = dict(options or {})
+        own = self.options.get("seconds", 0.0)
+        self.limit_seconds = limit_seconds + (own if isinstance(own, (int, float)) else 0.0)
+        self.waiting: deque[_Job] = deque()
+        self.finished: deque[tuple[Any, tuple[Trace, ...], tuple[Verdict, ...]]] = deque()
         self.selector = selectors.DefaultSelector()
         self.workers: list[_Worker] = []
         guard()
@@ -93,16 +117,31 @@ class VerifierPool:
 
     @property
     def outstanding(self) -> int:
-        """Traces submitted and not yet collected."""
+        """Traces and groups submitted and not yet collected."""
         return len(self.waiting) + len(self.finished) + sum(worker.job is not None for worker in self.workers)
 
     def submit(self, key: Any, trace: Trace) -> None:
         """Queue a trace; `key` comes back with its verdict."""
-        self.waiting.append((key, trace))
+        self.submit_group(key, (trace,))
+
+    def submit_group(self, key: Any, traces: Sequence[Trace]) -> None:
+        """Queue the samples of one prompt, to be judged together by a verifier whose unit is the prompt."""
+        self.waiting.append(_Job(key, tuple(traces)))
         self._assign()
 
     def collect(self, wait: bool = False) -> list[tuple[Any, Trace, Verdict]]:
-        """Return the verdicts that are there; with `wait`, at least one as long as any is outstanding."""
+        """Return the verdicts that are there; with `wait`, at least one as long as any is outstanding.
+
+        A group's come one by one, next to each other, each with the group's key.
+        """
+        return [
+            (key, trace, verdict)
+            for key, traces, verdicts in self.collect_groups(wait)
+            for trace, verdict in zip(traces, verdicts, strict=True)
+        ]
+
+    def collect_groups(self, wait: bool = False) -> list[tuple[Any, tuple[Trace, ...], tuple[Verdict, ...]]]:
+        """Return what is there as it was submitted: key, traces, and their verdicts in the same order."""
         self._poll(0.0)
         while wait and not self.finished and self.outstanding:
             self._poll(0.2)
@@ -119,8 +158,19 @@ class VerifierPool:
         while self.outstanding:
             yield from self.collect(wait=True)
 
+    def judge_groups(
+        self, groups: Iterable[tuple[Any, Sequence[Trace]]]
+    ) -> Iterator[tuple[Any, tuple[Trace, ...], tuple[Verdict, ...]]]:
+        """Yield every group with its verdicts, out of order, holding few in memory at once."""
+        for key, traces in groups:
+            self.submit_group(key, traces)
+            if self.outstanding > 2 * len(self.workers):
+                yield from self.collect_groups(wait=True)
+        while self.outstanding:
+            yield from self.collect_groups(wait=True)
+
     def _start(self) -> None:
-        worker = _Worker(self.name)
+        worker = _Worker(self.name, self.options)
         assert worker.process.stdout is not None
         os.set_blocking(worker.process.stdout.fileno(), False)
         self.selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
@@ -136,13 +186,15 @@ class VerifierPool:
             if not self.waiting:
                 return
             if worker.ready and worker.job is None:
-                worker.job = self.waiting.popleft()
-                worker.deadline = time.monotonic() + self.limit_seconds
+                job = worker.job = self.waiting.popleft()
+                job.tries += 1
+                worker.deadline = time.monotonic() + self.limit_seconds * min(max(len(job.traces), 1), GROUP_LIMITS)
+                line = dump_line({"traces": [trace.to_json() for trace in job.traces]})
                 try:
-                    worker.process.stdin.write(dump_line(worker.job[1].to_json()).encode())  # type: ignore[union-attr]
+                    worker.process.stdin.write(line.encode())  # type: ignore[union-attr]
                     worker.process.stdin.flush()  # type: ignore[union-attr]
                 except OSError:
-                    self._give_up(worker, "the verifier's process died")
+                    self._give_up(worker, DIED)
 
     def _poll(self, seconds: float) -> None:
         for key, _ in self.selector.select(seconds):
@@ -150,7 +202,7 @@ class VerifierPool:
             assert worker.process.stdout is not None
             chunk = worker.process.stdout.read()
             if not chunk:
-                self._give_up(worker, "the verifier's process died")
+                self._give_up(worker, DIED)
                 continue
             worker.buffer += chunk
             while b"\n" in worker.buffer:
@@ -168,17 +220,22 @@ class VerifierPool:
         if not worker.ready:
             worker.ready = True
             return
-        assert worker.job is not None
-        key, trace = worker.job
+        job = worker.job
+        assert job is not None
+        if "read" in reply:
+            job.read = True
+            return
         worker.job = None
-        self.finished.append((key, trace, Verdict(**reply)))
+        self.finished.append((job.key, job.traces, tuple(Verdict(**verdict) for verdict in reply["verdicts"])))
 
     def _give_up(self, worker: _Worker, reason: str) -> None:
         job, was_ready, words = worker.job, worker.ready, worker.last_words()
         self._stop(worker)
         if not was_ready:
             raise RunError(f"the verifier {self.name!r} does not start ({reason}: {words})")
-        if job is not None:
+        if job is not None and reason == DIED and not job.read and job.tries == 1:
+            self.waiting.appendleft(job)
+        elif job is not None:
             verdict = Verdict(verifier=self.name, version="", score=None, reason=reason)
-            self.finished.append((*job, verdict))
+            self.finished.append((job.key, job.traces, (verdict,) * len(job.traces)))
         self._start()
