@@ -72,7 +72,7 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> int:
         app(arguments)
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    assert said.count("error: ") >= (stop.value.code != 0)
+    assert sum(line.startswith("error: ") for line in said.split("\n")) == (stop.value.code != 0)
     assert stop.value.code in (0, 1, 2)
     return int(stop.value.code)
 
