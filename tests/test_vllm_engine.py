@@ -36,6 +36,7 @@ CONTEXT, CHUNK, IN_FLIGHT = 320, 96, 8
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "max_completion_length": 64}
 HOT = {"temperature": 1.5, "top_p": 0.9, "max_completion_length": 40}
 END_OF_THOUGHT = "</think>"
+FURTHER_END = 0  # the padding token, which the teacher never writes: an end that only the generation config knows
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(nano.model_path(), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    ends = {"eos_token_id": [generation["eos_token_id"], FURTHER_END]}
+    (folder / "generation_config.json").write_text(json.dumps(generation | ends))
     return folder
 
 
@@ -103,6 +107,12 @@ def _check_signal(signal: Any, expected: torch.Tensor, size: int) -> None:
     np.testing.assert_allclose(
         expected.gather(-1, torch.from_numpy(signal.ids).long()).numpy(), signal.logprobs, atol=1e-3
     )
+
+
+@pytest.mark.vllm
+def test_ends_that_only_the_generation_config_names_are_known(engine: VllmEngine) -> None:
+    """vLLM stops at them of itself; unknown here, one would stay in the text where it is no special token."""
+    assert engine.end_ids == sorted({engine.tokenizer.eos_token_id, FURTHER_END})
 
 
 @pytest.mark.vllm

@@ -70,6 +70,8 @@ class VllmEngine:
         pipeline_parallel_size: int | None = None,
     ) -> None:
         set_environment()
+        from transformers import GenerationConfig
+
         try:
             from vllm import LLM
             from vllm.platforms import current_platform
@@ -105,7 +107,7 @@ class VllmEngine:
         self.context = config.max_model_len
         self.vocabulary = config.get_vocab_size()
         self.chunk = self.engine.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
-        self.end_ids = end_token_ids(model, self.tokenizer)
+        self.end_ids = end_token_ids(GenerationConfig(**config.try_get_generation_config()), self.tokenizer)
         self.numbers = count()  # requests are known to vLLM by numbers of their own, so none is mistaken for another's
         self.finished: dict[str, Any] = {}  # vLLM's answers until their caller asks; two may take turns on one engine
         self.rendered: tuple[Prompt, list[int], str] | None = None
