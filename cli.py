@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -139,34 +140,46 @@ def train(config: TrainConfig, as_json: bool) -> None:
     """Train a student on traces."""
     from align import open_alignment
     from distill.models import load_model, load_tokenizer
+    from distill.objective import read_objective
     from distill.run_folder import open_run, read_run
-    from distill.train import loss_mode, run_training
+    from distill.train import run_training
     from students import build_student, student_kind
 
-    _, mode = loss_mode(config.mode)
+    taught_by = read_objective(config).source  # refuses what it can before anything is loaded
     trust = config.trust_remote_code
     if open_run(config) == "finished":
         result = read_run(config.out)
         print(f"{config.out} is finished; nothing to do", file=sys.stderr)
         show(result, as_json, [_trained(config, result)])
         return
-    needs_teacher = "teacher_logits" in mode.needs
-    if needs_teacher and config.teacher is None:
-        raise UserError(f"--mode {config.mode} learns from a teacher's logits: name one with --teacher")
     spec = resolve(config.student)
     kind = student_kind(spec)
     source = _tokenizer_source(config) if kind.source is None else resolve(kind.source)
     tokenizer = load_tokenizer(source, chat_template=config.chat_template, trust_remote_code=trust)
     teacher = None
-    if needs_teacher:
+    if taught_by == "model":
         name = resolve(str(config.teacher))
         open_alignment(config.align, tokenizer, load_tokenizer(name, trust_remote_code=trust))
-        teacher = load_model(name, dtype=config.dtype, trust_remote_code=trust)
+        teacher = load_model(
+            name,
+            dtype=config.teacher_dtype or config.dtype,
+            device=config.teacher_device,
+            quantization=config.teacher_quantization,
+            trust_remote_code=trust,
+        )
     # `nano` is a name only this file knows; inside a spec it can only be the pruned model.
     spec = spec if kind.source is None else spec.replace(kind.source, source, 1)
-    student = build_student(spec, tokenizer=tokenizer, dtype=config.dtype, seed=config.seed, trust_remote_code=trust)
+    student = build_student(
+        spec,
+        tokenizer=tokenizer,
+        dtype=config.dtype,
+        seed=config.seed,
+        quantization="4bit" if config.load_in_4bit else None,
+        trust_remote_code=trust,
+    )
     result = run_training(config, model=student, tokenizer=tokenizer, teacher=teacher)
-    show(result, as_json, [_trained(config, result)])
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        show(result, as_json, [_trained(config, result)])
 
 
 @command(app, EvalConfig, "eval")

@@ -4,19 +4,25 @@
 reads this one mask through `Batch.trained`; nobody re-derives it from labels or padding. Sequences are padded on the
 right, where causal attention cannot see the padding.
 
-Tokenising is `distill.render`; packing several sequences into one row is not done here.
+Several sequences may be packed into one row: `position_ids` then begin again at 0 with each of them, attention stays
+within each, and no prediction is trained across a border. What a stored signal says of the trained tokens travels along
+as `TeacherRows`. Tokenising is `distill.render`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distill.render import Example
+
+if TYPE_CHECKING:
+    from distill.signal_data import SignalData
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +33,16 @@ class Batch:
         input_ids: (B, T) int64.
         attention_mask: (B, T) int64, 1 on tokens, 0 on padding.
         weights: (B, T) float32, the weight of predicting token t; column 0 is always 0.
+        position_ids: (B, T) int64, each token's place in its own sequence, where rows are packed; else None. What pads
+            a packed row counts as one more sequence, masked in `attention_mask` and without weight.
+        signal: what a teacher said of the trained predictions, in the order of `trained()`, where it was stored.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     weights: Tensor
+    position_ids: Tensor | None = None
+    signal: TeacherRows | None = None
 
     def trained(self) -> Trained:
         """Return where predictions are trained, what they should be and how much each counts."""
@@ -39,9 +50,61 @@ class Batch:
         rows = weights > 0
         return Trained(rows, self.input_ids[:, 1:][rows], weights[rows])
 
+    def lengths(self) -> Tensor:
+        """Return the tokens of each sequence, int64: (B,), or one number per sequence of every packed row."""
+        if self.position_ids is None:
+            return self.attention_mask.sum(1)
+        borders = _borders(self.position_ids)
+        begins, ends = borders[:-1], borders[1:]
+        return (ends - begins)[self.attention_mask.flatten()[begins] > 0]
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Return what a transformers model is called with.
+
+        Packed rows come without a mask. transformers then keeps attention within each sequence by the positions (a
+        block-diagonal mask, since 4.54). Flash attention has no mask and reads positions of a single row only, so the
+        borders of all rows, laid end to end, are given as well; no sequence is longer than a row.
+        """
+        if self.position_ids is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        borders, longest = _borders(self.position_ids).to(torch.int32), self.input_ids.shape[1]
+        varlen = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, **varlen}
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on another device."""
+        return Batch.from_tensors({name: value.to(device) for name, value in self.tensors().items()})
+
     def tensors(self) -> dict[str, Tensor]:
-        """Return the fields by name, as a `transformers.Trainer` moves them between devices."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "weights": self.weights}
+        """Return the tensors by name, as a `transformers.Trainer` moves them between devices."""
+        own = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "weights": self.weights}
+        if self.position_ids is not None:
+            own["position_ids"] = self.position_ids
+        signal = {} if self.signal is None else self.signal._asdict()
+        return own | {f"signal_{name}": value for name, value in signal.items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Batch:
+        """Undo `tensors`."""
+        own = {name: value for name, value in tensors.items() if not name.startswith("signal_")}
+        signal = {name.removeprefix("signal_"): value for name, value in tensors.items() if name not in own}
+        return cls(**own, signal=TeacherRows(**signal) if signal else None)
+
+
+class TeacherRows(NamedTuple):
+    """What a teacher said at N predictions: see `distill.token_signal.TokenSignal`.
+
+    Attributes:
+        ids: (N, K) int64 outcomes, -1 in empty places.
+        logprobs: (N, K) float32, nats, at temperature 1; -inf in empty places; None where only counts were kept.
+        counts: (N, K) int64 how often each outcome was drawn; None where the outcomes are the K most likely.
+        tail: (N,) float32 log-probability of all other outcomes together; None where the outcomes are draws.
+    """
+
+    ids: Tensor
+    logprobs: Tensor | None = None
+    counts: Tensor | None = None
+    tail: Tensor | None = None
 
 
 class Trained(NamedTuple):
@@ -52,25 +115,48 @@ class Trained(NamedTuple):
     weights: Tensor
 
 
-def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
-    """Pad examples on the right to the longest.
+def collate(
+    examples: Sequence[Example] | Sequence[Sequence[Example]], *, pad_id: int, signals: SignalData | None = None
+) -> Batch:
+    """Lay examples into rows, padded on the right to the longest row.
+
+    Args:
+        examples: one sequence per row; or groups of them (`distill.packing.pack`), one group per row, end to end.
+        signals: gives what a teacher said of the trained tokens.
 
     Raises:
         ValueError: an example is empty, its weights do not match its tokens, or it trains its first token, which
             nothing predicts.
+        RunError: the numbers on disk are no longer those of these examples.
     """
-    for example in examples:
+    packed = not isinstance(examples[0], Example)
+    rows: list[Sequence[Example]] = [[row] if isinstance(row, Example) else row for row in examples]
+    flat = [example for row in rows for example in row]
+    for example in flat:
         if len(example.input_ids) == 0 or len(example.input_ids) != len(example.weights):
             raise ValueError(f"an example has {len(example.input_ids)} tokens and {len(example.weights)} weights")
         if example.weights[0] != 0:
             raise ValueError("an example gives weight to its first token, which nothing predicts")
-    shape = (len(examples), max(len(example.input_ids) for example in examples))
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    weights = torch.zeros(shape, dtype=torch.float32)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = torch.as_tensor(example.input_ids, dtype=torch.int64)
-        attention_mask[row, :length] = 1
-        weights[row, :length] = torch.as_tensor(example.weights, dtype=torch.float32)
-    return Batch(input_ids, attention_mask, weights)
+    shape = (len(rows), max(sum(map(len, row)) for row in rows))
+    input_ids = np.full(shape, pad_id, np.int64)
+    attention_mask, position_ids, weights = (np.zeros(shape, kind) for kind in (np.int64, np.int64, np.float32))
+    for number, row in enumerate(rows):
+        end = 0
+        for example in row:
+            here = (number, slice(end, end := end + len(example)))
+            input_ids[here], weights[here] = example.input_ids, example.weights
+            attention_mask[here], position_ids[here] = 1, np.arange(len(example))
+        position_ids[number, end:] = np.arange(shape[1] - end)
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(attention_mask),
+        torch.from_numpy(weights),
+        torch.from_numpy(position_ids) if packed else None,
+        None if signals is None else signals.rows(flat),
+    )
+
+
+def _borders(position_ids: Tensor) -> Tensor:
+    """Return where each sequence begins when all rows are laid end to end, and the end of the last, int64."""
+    flat = position_ids.flatten()
+    return torch.cat([(flat == 0).nonzero().flatten(), torch.tensor([len(flat)], device=flat.device)])

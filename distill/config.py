@@ -189,21 +189,55 @@ class FilterConfig(Judging, Curation):
 class TrainConfig(Section):
     """Traces to a student."""
 
-    mode: str = Field(description="hard-labels or soft-logits.")
+    mode: str | None = Field(
+        None, description="hard-labels, soft-logits, features, relations, on-policy, or pkg.mod:name of a LossMode."
+    )
+    loss: str | None = Field(
+        None, description="Several modes with weights instead: soft_logits=1.0,hard_labels=0.1,features=0.5."
+    )
     student: str = Field(
         description="MODEL, or PRESET (llama-nano, qwen3-nano:hidden_size=96), or prune:MODEL?layers=12."
     )
     data: Path = Field(description="A trace store's folder, or a .jsonl file with messages.")
     out: Path = Field(description="The run's folder: the trained model, metrics.jsonl, run.json, checkpoints/.")
-    teacher: str | None = Field(None, description="MODEL whose logits are learnt (soft-logits).")
+    teacher: str | None = Field(None, description="MODEL that is learnt from, running beside the student.")
+    signal: Path | None = Field(
+        None, description="Stored numbers of the teacher instead of a model; default: signal/ of the store."
+    )
+    unmatched: Literal["refuse", "drop"] = Field(
+        "refuse", description="--signal: what happens to traces without numbers, or with numbers of other tokens."
+    )
+    teacher_device: str | None = Field(
+        None, description="Where the teacher runs: cuda:1, cpu, or auto to spread it; default: with the student."
+    )
+    teacher_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Type of the teacher's weights; default: --dtype."
+    )
+    teacher_quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="Load the teacher quantised (bitsandbytes)."
+    )
     align: str = Field("auto", description="How teacher and student vocabularies meet: auto or identity.")
-    divergence: str = Field("forward_kl", description="soft-logits: what compares teacher and student.")
+    divergence: str | None = Field(
+        None, description="What compares teacher and student (soft-logits: forward_kl unless said otherwise)."
+    )
     divergence_option: list[str] = Field(
         default_factory=list, description="name=number for the divergence, e.g. alpha=0.1 (repeatable)."
     )
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="soft-logits: softens both distributions.")
-    hard_label_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="soft-logits: weight of the cross-entropy on the trace's own tokens, added to the divergence."
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Softens both distributions inside the divergence; default 1."
+    )
+    hard_label_weight: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="soft-logits: weight of the cross-entropy on the trace's own tokens, added to the divergence."
+    )
+    student_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="on-policy: share of the steps whose completions the student writes (GKD's lambda)."
+    )
+    max_completion_length: Count = Field(512, description="on-policy: most tokens of a completion it writes.")
+    rollout_temperature: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="on-policy: temperature the student draws with; not that of the divergence."
+    )
+    rollout_top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="on-policy: nucleus mass it draws from."
     )
     target: Literal["trace", "answer"] = Field(
         "trace", description="trace: reasoning and answer; answer: the final answer alone (the answers-only baseline)."
@@ -222,7 +256,18 @@ class TrainConfig(Section):
     per_device_train_batch_size: Count = Field(8, description="Sequences of one forward pass on one device.")
     gradient_accumulation_steps: Count = Field(1, description="Forward passes of one optimizer step.")
     max_length: Count | None = Field(None, description="Tokens a sequence may have; default: the student's context.")
-    overlong: Literal["refuse", "drop"] = Field("refuse", description="What happens to a sequence above max-length.")
+    overlong: Literal["refuse", "drop", "cut"] = Field(
+        "refuse", description="What happens to a sequence above max-length; cut keeps its beginning."
+    )
+    packing: bool = Field(False, description="Lay several sequences into each row of max-length tokens.")
+    lora_r: Count | None = Field(None, description="Train LoRA adapters of this rank instead of all weights.")
+    lora_alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="LoRA's scale; default: twice the rank.")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout in front of the adapters.")
+    lora_target_modules: str = Field(
+        "all-linear", description="Which layers get adapters: all-linear, or names with commas."
+    )
+    load_in_4bit: bool = Field(False, description="QLoRA: hold the student's own weights in 4 bits (bitsandbytes).")
+    report_to: str = Field("none", description="tensorboard, wandb, trackio, ... (commas): metrics go there, too.")
     save_steps: Count = Field(200, description="Optimizer steps between checkpoints.")
     logging_steps: Count = Field(10, description="Optimizer steps between lines of metrics.jsonl.")
     gradient_checkpointing: bool = Field(False, description="Trade compute for activation memory.")
@@ -232,7 +277,8 @@ class TrainConfig(Section):
     seed: int = Field(0, description="Seed of initialisation and data order.")
     set: list[str] = Field(
         default_factory=list,
-        description="trainer.NAME=VALUE: any other of transformers' TrainingArguments, e.g. trainer.adam_beta2=0.95.",
+        description="MODE.NAME=VALUE: an option of a loss mode, e.g. features.layers=last:2; or trainer.NAME=VALUE: "
+        "any other of transformers' TrainingArguments, e.g. trainer.adam_beta2=0.95.",
     )
     resume: bool = Field(
         False, description="Go on from the last checkpoint of an unfinished run, or start where there is none."
@@ -360,7 +406,9 @@ def key_values(pairs: Iterable[str], flag: str, known: Iterable[str] | None = No
             listed = ", ".join(known) or "none"
             raise UserError(f"{flag} {key!r} is unknown here: allowed are {listed}{suggest(key, known)}")
         try:
-            options[key] = yaml.safe_load(value) if value else value
+            parsed = yaml.safe_load(value) if value else value
+            # YAML 1.1 reads 1:30 as ninety; here it is a pair.
+            options[key] = value if isinstance(parsed, int) and ":" in value else parsed
         except Exception as error:  # PyYAML lets through what its readers raise
             raise UserError(f"{flag} {pair!r}: the value is not YAML: {' '.join(str(error).split())}") from error
     return options

@@ -2,32 +2,46 @@
 
 A trace store's folder (its `kept.jsonl`), or a .jsonl file whose lines carry `messages` ending in the assistant's turn,
 or `prompt` and `completion` as strings or as message lists, with the meaning TRL gives them. A bad line is refused by
-its number; overlong sequences are counted and refused or dropped as told, never cut.
+its number; overlong sequences are counted and refused, dropped or cut as told.
+
+Where a teacher's stored numbers are learnt, examples hold the very tokens that these speak of, and a trace without such
+numbers is counted and refused or dropped as told. The numbers themselves are `distill.signal_data`; no torch here.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError
 from distill.progress import Meter
 from distill.records import Message
-from distill.render import Example, answer_only, render, render_plain
+from distill.render import Example, answer_only, render, render_plain, render_sampled
 from distill.store import read_lines
+
+if TYPE_CHECKING:
+    from distill.signal_data import SignalData
 
 ACCEPTED = "'messages' (the assistant's turn last), or 'prompt' and 'completion'"
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Tokenised sequences, and `dropped`: how many were left out for their length."""
+    """Tokenised sequences, and how many are not what the file says.
+
+    Attributes:
+        dropped: left out for their length.
+        cut: shortened to the most tokens allowed: they lost their end, and are not taught to stop there.
+        unmatched: left out because no stored numbers speak of their tokens.
+    """
 
     examples: list[Example]
-    dropped: int
+    dropped: int = 0
+    cut: int = 0
+    unmatched: int = 0
 
     @property
     def trained_share(self) -> float:
@@ -64,49 +78,136 @@ def load_examples(
     tokenizer: Any,
     *,
     max_length: int | None = None,
-    overlong: Literal["refuse", "drop"] = "refuse",
+    overlong: Literal["refuse", "drop", "cut"] = "refuse",
     target: Literal["trace", "answer"] = "trace",
     limit: int | None = None,
     stop_ids: Collection[int] | None = None,
+    signals: SignalData | None = None,
+    unmatched: Literal["refuse", "drop"] = "refuse",
 ) -> Dataset:
     """Read and tokenise the training rows.
 
     Args:
         max_length: most tokens of a sequence; None for any.
-        overlong: what happens to a longer one.
+        overlong: what happens to a longer one. "cut" keeps its beginning, untrained to stop; one whose prompt alone
+            fills the length has nothing to keep and is dropped.
         target: train the whole completion, or only its final answer.
         limit: use only the first rows.
         stop_ids: token ids that end generation, beside the tokenizer's eos.
+        signals: what a teacher said of the traces' tokens: the examples then hold these tokens, and name the trace.
+        unmatched: what happens to a trace that has no numbers there, or numbers of other tokens.
 
     Raises:
-        UserError: a malformed line or row (named by number), no row at all, or sequences that are too long.
+        UserError: a malformed line or row (named by number), no row at all, sequences that are too long, traces
+            without numbers, or numbers asked for a target other than the trace.
     """
     path = data_file(data)
-    examples: list[Example] = []
-    too_long: list[tuple[int, int]] = []  # line number, tokens
+    if signals is not None and target != "trace":
+        raise UserError(f"--target {target} cannot be learnt from stored numbers: they speak of the whole trace")
+    rows = _Rows(path, tokenizer, max_length, overlong, target, stop_ids, signals, unmatched)
     with path.open("rb") as stream:
         total = sum(1 for _ in stream)
     with Meter("tokenise", total if limit is None else min(limit, total)) as meter:
         for number, row in _first(read_lines(path), limit):
             try:
-                example = _example(row, tokenizer, target, stop_ids)
+                rows.take(number, row)
             except UserError as error:
                 raise UserError(f"{path} line {number}: {error}") from error
-            if max_length is not None and len(example) > max_length:
-                too_long.append((number, len(example)))
-            else:
-                examples.append(example)
             meter.advance()
-    if not examples and not too_long:
-        raise UserError(f"{path} holds no training rows")
-    if too_long and (overlong == "refuse" or not examples):
-        longest = max(length for _, length in too_long)
-        raise UserError(
-            f"{path}: {len(too_long)} of {len(examples) + len(too_long)} sequences are longer than {max_length} tokens "
-            f"(the longest has {longest}; the first is line {too_long[0][0]}): raise --max-length"
-            + (", or leave them out with --overlong drop" if examples else "")
+    rows.check()
+    return Dataset(rows.examples, len(rows.too_long), rows.cut, len(rows.unscored) + len(rows.mismatched))
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What became of the rows read so far; lines are kept by number."""
+
+    path: Path
+    tokenizer: Any
+    max_length: int | None
+    overlong: str
+    target: str
+    stop_ids: Collection[int] | None
+    signals: SignalData | None
+    unmatched: str
+    examples: list[Example] = field(default_factory=list)
+    too_long: list[tuple[int, int]] = field(default_factory=list)  # line, tokens
+    cut: int = 0
+    unscored: list[int] = field(default_factory=list)  # no numbers
+    mismatched: list[int] = field(default_factory=list)  # numbers of other tokens
+
+    def take(self, number: int, row: Mapping[str, Any]) -> None:
+        """Tokenise a row and put it where it belongs."""
+        example = self._sampled(number, row) if self.signals is not None else self._rendered(row)
+        if example is None:
+            return
+        length = len(example)
+        if self.max_length is not None and length > self.max_length:
+            if self.overlong != "cut" or example.begin >= self.max_length:
+                self.too_long.append((number, length))
+                return
+            kept = slice(self.max_length)
+            example = replace(example, input_ids=example.input_ids[kept].copy(), weights=example.weights[kept].copy())
+            self.cut += 1
+        self.examples.append(example)
+
+    def _rendered(self, row: Mapping[str, Any]) -> Example:
+        found = conversation(row)
+        text = found[1] if isinstance(found, tuple) else found[-1]["content"]
+        if self.target == "answer":
+            text = answer_only(text, predicted=row.get("predicted"), gold=row.get("gold"))
+        if isinstance(found, tuple):
+            return render_plain(self.tokenizer, found[0], text)
+        ended = self.target == "answer" or _ended(row)
+        messages = [*found[:-1], {**found[-1], "content": text}]
+        return render(self.tokenizer, messages, stop_ids=self.stop_ids, ended=ended)
+
+    def _sampled(self, number: int, row: Mapping[str, Any]) -> Example | None:
+        assert self.signals is not None
+        uid, messages = row.get("uid"), conversation(row)
+        if not isinstance(uid, str) or isinstance(messages, tuple):
+            raise UserError("stored numbers belong to a store's traces, which have a 'uid' and 'messages'")
+        sampled = self.signals.tokens(uid)
+        if sampled is None:
+            self.unscored.append(number)
+            return None
+        example = render_sampled(self.tokenizer, messages, sampled, uid=uid, stop_ids=self.stop_ids, ended=_ended(row))
+        if example is None:
+            self.mismatched.append(number)
+        return example
+
+    def check(self) -> None:
+        """Stop where there are rows that must not be left out, or none are left."""
+        left_out = len(self.too_long) + len(self.unscored) + len(self.mismatched)
+        if not self.examples and not left_out:
+            raise UserError(f"{self.path} holds no training rows")
+        if self.too_long and (self.overlong == "refuse" or not self.examples):
+            raise UserError(self._too_long(len(self.examples) + left_out))
+        if (self.unscored or self.mismatched) and (self.unmatched == "refuse" or not self.examples):
+            raise UserError(self._unmatched(len(self.examples) + left_out))
+
+    def _too_long(self, total: int) -> str:
+        longest = max(length for _, length in self.too_long)
+        otherwise = ", leave them out with --overlong drop or shorten them with --overlong cut"
+        return (
+            f"{self.path}: {len(self.too_long)} of {total} sequences are longer than {self.max_length} tokens "
+            f"(the longest has {longest}; the first is line {self.too_long[0][0]}): raise --max-length"
+            + (otherwise if self.examples else "")
         )
-    return Dataset(examples, len(too_long))
+
+    def _unmatched(self, total: int) -> str:
+        assert self.signals is not None
+        otherwise = ", or leave them out with --unmatched drop" if self.examples else ""
+        if self.unscored:
+            return (
+                f"{self.path}: {len(self.unscored)} of {total} traces have no numbers in {self.signals.folder} (the "
+                f"first is line {self.unscored[0]}): make them with distill score{otherwise}"
+            )
+        return (
+            f"{self.path}: for {len(self.mismatched)} of {total} traces the numbers in {self.signals.folder} speak of "
+            f"other tokens than the student would be trained on (the first is line {self.mismatched[0]}): give it the "
+            f"teacher's chat template, or make the numbers anew with distill score{otherwise}"
+        )
 
 
 def conversation(row: Mapping[str, Any]) -> list[Message] | tuple[str, str]:
@@ -136,14 +237,9 @@ def conversation(row: Mapping[str, Any]) -> list[Message] | tuple[str, str]:
     return messages
 
 
-def _example(row: Mapping[str, Any], tokenizer: Any, target: str, stop_ids: Collection[int] | None) -> Example:
-    found = conversation(row)
-    text = found[1] if isinstance(found, tuple) else found[-1]["content"]
-    if target == "answer":
-        text = answer_only(text, predicted=row.get("predicted"), gold=row.get("gold"))
-    if isinstance(found, tuple):
-        return render_plain(tokenizer, found[0], text)
-    return render(tokenizer, [*found[:-1], {**found[-1], "content": text}], stop_ids=stop_ids)
+def _ended(row: Mapping[str, Any]) -> bool:
+    """Whether a trace came to its own end; rows of other makers say nothing of it and are whole."""
+    return row.get("finish_reason") not in ("length", "loop")
 
 
 def _is_message(value: Any) -> bool:

@@ -171,7 +171,7 @@ def bits_per_byte(
     """
     import torch
 
-    from distill.batch import Batch, collate
+    from distill.batch import collate
     from distill.forward import read_head, run
     from distill.losses import hard_labels
     from distill.render import render
@@ -185,9 +185,8 @@ def bits_per_byte(
     with torch.inference_mode(), Meter("bits per byte", len(examples)) as meter:
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
-            tensors = collate(part, pad_id=tokenizer.pad_token_id).tensors()
-            batch = Batch(**{name: tensor.to(model.device) for name, tensor in tensors.items()})
-            output = hard_labels(run(model, head, batch.input_ids, batch.attention_mask), None, batch)
+            batch = collate(part, pad_id=tokenizer.pad_token_id).to(model.device)
+            output = hard_labels(run(model, head, batch), None, batch)
             nats += float(output.total)
             tokens += float(output.weight)
             for _ in part:

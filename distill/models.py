@@ -19,6 +19,7 @@ from distill.dtypes import torch_dtype
 from distill.errors import UserError
 from distill.hub import is_gguf, locate, one_line
 from distill.identity import model_identity
+from distill.quantisation import Bits, quantisation
 
 __all__ = [
     "context_length",
@@ -126,18 +127,27 @@ def _disagreement(tokenizer: Any, file: Path) -> str | None:
     return None
 
 
-def load_model(model: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> Any:
-    """Return a causal language model on CPU, its weights held in `dtype`.
+def load_model(
+    model: str,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    quantization: Bits | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Return a causal language model, its weights held in `dtype`.
 
     Args:
         model: a local folder, a hub id or a .gguf file (dequantised into plain weights).
         dtype: float32, bfloat16 or float16.
+        device: where it goes: `cuda:1`, or `auto` to be spread over all devices; default: the CPU.
+        quantization: hold the linear layers' weights in this many bits instead.
 
     Returns:
         A transformers PreTrainedModel in evaluation mode.
 
     Raises:
-        UserError: no such model, unknown architecture, missing or corrupt weights.
+        UserError: no such model, unknown architecture, missing or corrupt weights, no such device.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -149,12 +159,17 @@ def load_model(model: str, *, dtype: str = "float32", trust_remote_code: bool = 
     if path.is_file():
         from distill.gguf_files import load_gguf_model
 
+        if quantization or device:
+            raise UserError(f"{model} is loaded whole on the CPU: make it a folder with distill fetch-model first")
         return load_gguf_model(path, dtype=dtype)
     if not (path / "config.json").is_file():
         raise UserError(f"{model} is no model folder: it has no config.json")
+    further: dict[str, Any] = {"device_map": device} if device else {}
+    if quantization:
+        further["quantization_config"] = quantisation(quantization, dtype)
     try:
         loaded_and_report: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True
+            path, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True, **further
         )
     except Exception as error:  # the loaders raise anything on broken files: Safetensor, Unpickling, Value, Key...
         raise UserError(f"cannot load the model {model}: {one_line(error)}") from error

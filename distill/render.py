@@ -4,14 +4,16 @@ The prompt is rendered with its generation prompt, exactly as an engine renders 
 the last assistant turn's own text plus the end-of-turn token. The template never sees the trained text, because many
 templates rewrite past turns (R1 and Qwen3 drop `<think>...</think>`), and the reasoning would silently go untrained.
 
-Only the last assistant turn is trained. Nothing is truncated here, and torch is not imported.
+Only the last assistant turn is trained. A completion's own tokens, as they were sampled, may stand in for those of its
+text (`render_sampled`), because numbers that a teacher gave belong to tokens. Nothing is truncated here, and torch is
+not imported.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,19 @@ CLOSE = "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence: `input_ids` (T,) int32, and `weights` (T,) float32 of predicting each token, 0 on the prompt."""
+    """One sequence.
+
+    Attributes:
+        input_ids: (T,) int32.
+        weights: (T,) float32, the weight of predicting each token, 0 on the prompt.
+        begin: tokens of the prompt, which is where the completion begins.
+        uid: the trace whose stored signal speaks of the completion's tokens, in order from the first; None for none.
+    """
 
     input_ids: np.ndarray
     weights: np.ndarray
+    begin: int = 0
+    uid: str | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -50,27 +61,65 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, str
     return text, opened.group() if opened else ""
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, stop_ids: Collection[int] | None = None) -> Example:
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, stop_ids: Collection[int] | None = None, ended: bool = True
+) -> Example:
     """Tokenise a conversation that ends in an assistant turn; that turn and its end token have weight 1.
 
     Args:
         stop_ids: token ids that end generation; default: the tokenizer's eos. When the template closes a turn with
             none of them, eos is appended, so that the model learns to stop.
+        ended: whether the turn came to its end; one that was cut off gets no end token.
 
     Raises:
         UserError: no assistant turn at the end, no chat template, or a tokenizer without eos.
     """
-    if not messages or messages[-1].get("role") != "assistant":
-        raise UserError("messages must end with the assistant turn to train on")
-    prompt, prefill = render_prompt(tokenizer, messages[:-1])
-    content = _continue(prefill, messages[-1]["content"])
-    return _example(tokenizer, _encode(tokenizer, prompt), content + end_of_turn(tokenizer, messages, stop_ids))
+    prompt_ids, content, end = _turn(tokenizer, messages, stop_ids)
+    return _example(prompt_ids, _encode_continuation(tokenizer, content + (end if ended else "")))
+
+
+def render_sampled(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    sampled: np.ndarray,
+    *,
+    uid: str,
+    stop_ids: Collection[int] | None = None,
+    ended: bool = True,
+) -> Example | None:
+    """Tokenise a conversation whose completion's own tokens are known; return None where they are not its own.
+
+    They are when they read as what a student would be trained on without them; another way to split the text is fine,
+    and so is any token that ends a turn at its end. An answer whose reasoning another template opened, or which stops
+    by a token that ends nothing here, is not the same text.
+
+    Args:
+        sampled: (T,) the completion's token ids, without what the template wrote, with the end token.
+        uid: the trace whose tokens these are.
+        stop_ids, ended: as in `render`; the end token of a turn that was cut off (one that was scored) is left out.
+
+    Raises:
+        UserError: as in `render`.
+    """
+    prompt_ids, content, end = _turn(tokenizer, messages, stop_ids)
+    if not prompt_ids:  # nothing predicts the first token, so its numbers would have no place
+        return None
+    own = [int(token) for token in sampled]
+    if not ended or not _same_text(tokenizer, own, _encode_continuation(tokenizer, content + end)):
+        special = tokenizer.added_tokens_decoder
+        stops = {tokenizer.eos_token_id, *(stop_ids or ()), *(i for i in _encode(tokenizer, end) if i in special)}
+        stopped = bool(own) and own[-1] in stops
+        body = own[:-1] if stopped else own
+        if (ended and not stopped) or not _same_text(tokenizer, body, _encode_continuation(tokenizer, content)):
+            return None
+        own = own if ended else body
+    return replace(_example(prompt_ids, own), uid=uid)
 
 
 def render_plain(tokenizer: Any, prompt: str, completion: str) -> Example:
     """Tokenise a prompt and completion that are plain strings: no template, the tokenizer's own BOS, eos at the end."""
     ids = list(tokenizer.encode(prompt)) if prompt else []
-    return _example(tokenizer, ids, completion + _eos(tokenizer))
+    return _example(ids, _encode_continuation(tokenizer, completion + _eos(tokenizer)))
 
 
 def end_of_turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int] | None = None) -> str:
@@ -133,17 +182,32 @@ def _continue(prefill: str, content: str) -> str:
     return f"\n{CLOSE}\n\n{content}"
 
 
-def _example(tokenizer: Any, prompt_ids: list[int], completion: str) -> Example:
+def _turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int] | None) -> tuple[list[int], str, str]:
+    """Return the ids of the prompt, the text that the model is to write, and what then closes the turn."""
+    if not messages or messages[-1].get("role") != "assistant":
+        raise UserError("messages must end with the assistant turn to train on")
+    prompt, prefill = render_prompt(tokenizer, messages[:-1])
+    content = _continue(prefill, messages[-1]["content"])
+    return _encode(tokenizer, prompt), content, end_of_turn(tokenizer, messages, stop_ids)
+
+
+def _example(prompt_ids: list[int], completion_ids: list[int]) -> Example:
     # Prompt and completion are tokenised apart: at generation time the model is given exactly the prompt's tokens and
     # continues from there, so a token that merges across the boundary could never occur. Special tokens are already
     # in the texts (the template writes BOS itself), hence none is added.
-    completion_ids = _encode_continuation(tokenizer, completion)
     ids = np.array(prompt_ids + completion_ids, dtype=np.int32)
     weights = np.zeros(len(ids), dtype=np.float32)
     weights[max(1, len(prompt_ids)) :] = 1.0  # nothing predicts the very first token
     if not weights.any():
         raise UserError("nothing to train on: the completion is empty")
-    return Example(ids, weights)
+    return Example(ids, weights, begin=len(prompt_ids))
+
+
+def _same_text(tokenizer: Any, one: list[int], other: list[int]) -> bool:
+    if one == other:
+        return True
+    texts = {tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (one, other)}
+    return len(texts) == 1
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -84,27 +84,47 @@ def claim(config: TrainConfig) -> None:
 def save_final(trainer: Any, out: Path) -> None:
     """Save model, tokenizer and chat template as a plain Hugging Face folder: written aside, then moved into place.
 
+    What LoRA learnt is merged into the model; the adapter alone, and projectors, go into folders beside it.
+
     Args:
-        trainer: a `transformers.Trainer`.
+        trainer: a `distill.trainer.DistillTrainer`.
 
     Raises:
         RunError: the disk refused; the checkpoints stay.
     """
+    from distill.lora import is_lora, save_merged
+
     aside = out / ".final"
     if trainer.is_world_process_zero():
         shutil.rmtree(aside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     try:
-        trainer.save_model(str(aside))
+        if is_lora(trainer.student):
+            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+            if trainer.is_world_process_zero():
+                save_merged(trainer.student, aside, state)
+                trainer.processing_class.save_pretrained(aside)
+        else:
+            trainer.save_model(str(aside))
         if trainer.is_world_process_zero():
+            trainer.beside.save_weights(aside)
             (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe is in run.json
-            for path in sorted(aside.iterdir()):
-                path.chmod((out / RECIPE).stat().st_mode)  # safetensors writes for its owner alone
-                path.replace(out / path.name)
-            aside.rmdir()
+            _move_into(aside, out)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"cannot write the model into {out}: {reason(error)}; run again with --resume") from error
+
+
+def _move_into(aside: Path, out: Path) -> None:
+    mode = (out / RECIPE).stat().st_mode
+    for path in aside.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # safetensors writes for its owner alone
+    for path in sorted(aside.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(out / path.name, ignore_errors=True)  # of a save that was interrupted
+        path.replace(out / path.name)
+    aside.rmdir()
 
 
 def read_run(out: Path) -> dict[str, Any]:

@@ -1,214 +1,158 @@
-"""How one trace's signal becomes bytes: sets of token ids, log-probabilities in 16 bits, counts; all decoded at once.
+"""Sequences of small integers as bits: what the records of `distill.signal_record` are made of; any number at once.
 
-Ids are a set per position, so their order need not be stored: position and id together make one increasing sequence
-``position * V + id`` over the whole trace, which an Elias-Fano code holds in 2 + log2(T V / M) bits per entry, any V:
-less than one bit more than any code of arbitrary sets needs (Elias, J. ACM 1974). The number of entries of each
-position comes with it. Counts, and the place of the trace's own token in its row, are such sequences too, summed up.
+A number is written as a prefix in unary (so many zeros, then a one) and some low bits as they are. Two laws say how it
+is split. Rice's (1979; Golomb's, IEEE Trans. Inf. Theory 1966, with a power of two) keeps a fixed number of low bits
+and suits numbers that thin out geometrically, as the gaps of a random set do: it takes 0.03 to 0.08 bits more than the
+entropy of these. The exponential law (Teuhola, Inf. Process. Lett. 1978) adds as many low bits as its prefix says and
+suits what thins out slower, as the frequencies of words do. `BitWriter.put` tries both and keeps the shorter.
 
-Log-probabilities are rounded to one of 65535 levels, evenly spaced in the fourth root: ``-1024 * (code / 65534) ** 4``.
-The error is at most 1.8e-4 nats at probability e^-1, 1.0e-3 at e^-10, and vanishes towards 1, so that the small rest
-that a confident teacher leaves survives (`quantisation_error` is the exact bound; float16 is 2 to 8 times coarser).
-Below -1024 nats, a probability no float64 holds, a value is stored as -1024; -inf has a code of its own.
-
-No Python loop runs over positions or entries. Files, headers and checksums are in `distill.signals`.
+All prefixes of a record stand in one bitmap and all low bits behind it, so that reading it is a handful of operations
+on whole arrays: no Python loop runs over numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-FLOOR, LEVELS, EMPTY = 1024.0, 65534, 65535
-_VALUES = np.append(-FLOOR * (np.arange(LEVELS + 1) / LEVELS) ** 4 + 0.0, -np.inf).astype(np.float32)
-_WINDOW = 57  # bits that eight bytes hold from any bit of the first one on
+WIDEST = 57  # low bits of one number: what eight bytes hold from any bit of the first one on
+_LAW_BITS = 6  # of which the highest one says which law
+_EXPONENTIAL = 1 << (_LAW_BITS - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Entries:
-    """One trace's signal, flat: T positions and M kept outcomes, sorted by position, then likelihood, then id.
+class BitWriter:
+    """Collects sequences of non-negative integers; `bitmap` and `lows` are what `BitReader` takes."""
 
-    Attributes:
-        rows: (M,) the position of each outcome; `places` (M,): its rank there.
-        ids: (M,); `codes` (M,): log-probabilities by `quantise`; `counts` (M,): draws, or None.
-        token_ids: (T,); `token_codes` (T,): the trace's own tokens.
-        widths: (T,) outcomes kept at each position.
-    """
+    def __init__(self) -> None:
+        self._prefixes: list[np.ndarray] = []
+        self._lows: list[np.ndarray] = []
+        self._widths: list[np.ndarray] = []
 
-    rows: np.ndarray
-    places: np.ndarray
-    ids: np.ndarray
-    codes: np.ndarray
-    counts: np.ndarray | None
-    token_ids: np.ndarray
-    token_codes: np.ndarray
-    widths: np.ndarray
+    def put_bits(self, values: np.ndarray, width: int) -> None:
+        """Add numbers below 2 ** width, without a prefix."""
+        self._low(values, np.full(len(values), width))
 
+    def put_rice(self, values: np.ndarray, widths: np.ndarray) -> None:
+        """Add numbers by Rice's law, each with its own number of low bits, which the reader must know."""
+        self._prefixes.append(values >> widths)
+        self._low(values, widths)
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a record's header must say so that its payload can be read."""
+    def put(self, values: np.ndarray) -> None:
+        """Add numbers below 2 ** 40, by whichever law is shortest; which one it was is written in front."""
+        if not len(values):
+            return
+        law = _best_law(values)
+        self.put_bits(np.array([law]), _LAW_BITS)
+        order = law % _EXPONENTIAL
+        if law < _EXPONENTIAL:
+            return self.put_rice(values, np.full(len(values), order))
+        raised = values + (1 << order)
+        prefixes = bit_lengths(raised) - 1 - order
+        self._prefixes.append(prefixes)
+        self._low(raised, prefixes + order)
 
-    tokens: int  # T
-    entries: int  # M
-    outside: int  # own tokens that are not among the kept outcomes
-    places: int  # sum of the own tokens' places
+    def _low(self, values: np.ndarray, widths: np.ndarray) -> None:
+        self._lows.append(values)
+        self._widths.append(widths)
 
+    def bitmap(self) -> bytes:
+        """Return all prefixes."""
+        prefixes = _joined(self._prefixes)
+        bits = np.zeros(len(prefixes) + int(prefixes.sum()), np.uint8)
+        bits[np.cumsum(prefixes + 1) - 1] = 1
+        return np.packbits(bits, bitorder="little").tobytes()
 
-def quantise(logprobs: np.ndarray) -> np.ndarray:
-    """Return the uint16 codes of log-probabilities (nats, at most 0)."""
-    root = np.sqrt(np.sqrt(np.clip(-logprobs.astype(np.float64), 0.0, FLOOR) / FLOOR))
-    codes = np.rint(LEVELS * root).astype(np.uint16)
-    return np.where(np.isneginf(logprobs), np.uint16(EMPTY), codes)
-
-
-def dequantise(codes: np.ndarray) -> np.ndarray:
-    """Return the float32 log-probabilities of codes."""
-    return _VALUES[codes]
-
-
-def quantisation_error(logprobs: np.ndarray) -> np.ndarray:
-    """Return the largest difference, in nats, that storing makes to log-probabilities in [-1024, 0]."""
-    root, half = (-logprobs.astype(np.float64) / FLOOR) ** 0.25, 0.5 / LEVELS
-    return FLOOR * ((root + half) ** 4 - root**4) + 2.0**-24 * -logprobs  # the last term: float32 itself
-
-
-def encode(
-    token_ids: np.ndarray,
-    token_logprobs: np.ndarray,
-    ids: np.ndarray,
-    logprobs: np.ndarray,
-    counts: np.ndarray | None,
-    *,
-    vocab_size: int,
-    size: int,
-) -> tuple[Sizes, bytes]:
-    """Return a record's payload and what its header must say; the arguments are those of a `TokenSignal`.
-
-    Args:
-        vocab_size: V; ids are below it.
-        size: draws per position, where there are counts.
-    """
-    num_tokens = len(token_ids)
-    rows, columns = np.nonzero(ids >= 0)
-    joined = rows * np.int64(vocab_size) + ids[rows, columns]
-    order = np.argsort(joined, kind="stable")
-    joined, columns = joined[order], columns[order]  # rows stay: they were sorted already
-    codes = quantise(logprobs[rows, columns])
-    widths = np.bincount(rows, minlength=num_tokens)
-    own = ids[rows, columns] == token_ids[rows]
-    places = widths.copy()  # one beyond the last: not among them
-    places[rows[own]] = _ranks(rows, codes, widths)[1][own]
-    outside = places == widths
-    parts = [elias_fano(joined, num_tokens * vocab_size), codes.astype("<u2").tobytes()]
-    if counts is not None:
-        parts.append(elias_fano(np.cumsum(counts[rows, columns], dtype=np.int64), num_tokens * size + 1))
-    sizes = Sizes(num_tokens, len(joined), int(outside.sum()), int(places.sum()))
-    parts.append(elias_fano(np.cumsum(places, dtype=np.int64), sizes.places + 1))
-    parts.append(pack(token_ids[outside], _width(vocab_size)))
-    parts.append(quantise(token_logprobs[outside]).astype("<u2").tobytes())
-    return sizes, b"".join(parts)
+    def lows(self) -> bytes:
+        """Return all low bits."""
+        values, widths = _joined(self._lows), _joined(self._widths)
+        ends = np.cumsum(widths)
+        places = np.arange(int(widths.sum())) - np.repeat(ends - widths, widths)
+        return np.packbits((np.repeat(values, widths) >> places & 1).astype(np.uint8), bitorder="little").tobytes()
 
 
-def decode(payload: memoryview, sizes: Sizes, *, vocab_size: int, size: int | None) -> Entries:
-    """Return what `encode` was given, sorted; `size` is None where there are no counts.
+class BitReader:
+    """Takes apart what `BitWriter` put together, in the same order; too little or too much is a ValueError."""
 
-    Raises:
-        ValueError: the payload's length does not fit its header.
-    """
-    bits = np.frombuffer(payload, dtype=np.uint8)
-    joined, bits = _read_elias_fano(bits, sizes.entries, sizes.tokens * vocab_size)
-    codes, bits = _read_codes(bits, sizes.entries)
-    rows, ids = np.divmod(joined, vocab_size)
-    counts = None
-    if size is not None:
-        ends, bits = _read_elias_fano(bits, sizes.entries, sizes.tokens * size + 1)
-        counts = np.diff(ends, prepend=0).astype(np.int32)
-    ends, bits = _read_elias_fano(bits, sizes.tokens, sizes.places + 1)
-    own_places = np.diff(ends, prepend=0)
-    outside_ids, bits = _read_packed(bits, sizes.outside, _width(vocab_size))
-    outside_codes, bits = _read_codes(bits, sizes.outside)
-    if len(bits):
-        raise ValueError(f"{len(bits)} bytes too many")
-    widths = np.bincount(rows, minlength=sizes.tokens)
-    order, ranks = _ranks(rows, codes, widths)
-    places = ranks[order]
-    ids, codes = ids[order].astype(np.int32), codes[order]
-    token_ids, token_codes = np.empty(sizes.tokens, np.int32), np.empty(sizes.tokens, np.uint16)
-    inside = own_places < widths
-    at = (np.cumsum(widths) - widths + own_places)[inside]
-    token_ids[inside], token_codes[inside] = ids[at], codes[at]
-    token_ids[~inside], token_codes[~inside] = outside_ids, outside_codes
-    return Entries(rows, places, ids, codes, None if counts is None else counts[order], token_ids, token_codes, widths)
+    def __init__(self, bitmap: np.ndarray, lows: np.ndarray) -> None:
+        """Take the two parts, as uint8."""
+        ends = np.unpackbits(bitmap, bitorder="little").view(bool).nonzero()[0]
+        self._prefixes = ends.copy()
+        self._prefixes[1:] -= ends[:-1] + 1
+        self._taken = self._bit = 0
+        self._bits = 8 * len(lows)
+        padded = np.zeros(len(lows) + 8, np.uint8)
+        padded[:-8] = lows
+        self._words = np.ndarray((len(lows) + 1,), "<u8", padded, strides=(1,))  # eight bytes from every byte on
 
+    def take_bits(self, count: int, width: int) -> np.ndarray:
+        """Return the next `count` numbers that `put_bits` wrote."""
+        starts = np.arange(self._bit, self._bit + count * width, width) if width else np.zeros(count, np.int64)
+        return self._low(starts, count * width, (1 << width) - 1)
 
-def _ranks(rows: np.ndarray, codes: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the order by row and likelihood of entries sorted by row and id, and each entry's rank in its row."""
-    order = np.argsort((rows << 16) | codes, kind="stable")
-    ranks = np.empty(len(rows), np.int64)
-    ranks[order] = np.arange(len(rows)) - np.repeat(np.cumsum(widths) - widths, widths)
-    return order, ranks
+    def take_number(self, width: int) -> int:
+        """Return the next number, written by `put_bits`, by itself."""
+        begin, self._bit = self._bit, self._bit + width
+        if self._bit > self._bits:
+            raise ValueError("fewer bits than there should be")
+        return int(self._words[begin >> 3]) >> (begin & 7) & ((1 << width) - 1)
 
+    def take_rice(self, widths: np.ndarray) -> np.ndarray:
+        """Return the next numbers that `put_rice` wrote."""
+        return self._prefix(len(widths)) << widths | self._lows(widths)
 
-def _width(vocab_size: int) -> int:
-    return max(1, (vocab_size - 1).bit_length())
+    def take(self, count: int) -> np.ndarray:
+        """Return the next `count` numbers that `put` wrote."""
+        if not count:
+            return np.zeros(0, np.int64)
+        law = self.take_number(_LAW_BITS)
+        order = law % _EXPONENTIAL
+        if law < _EXPONENTIAL:
+            return self._prefix(count) << order | self.take_bits(count, order)
+        widths = self._prefix(count) + order
+        if widths.max() > WIDEST:
+            raise ValueError("a number that is too large")
+        return (1 << widths) + self._lows(widths) - (1 << order)
 
+    def close(self) -> None:
+        """Check that nothing is left."""
+        if self._taken != len(self._prefixes) or -(-self._bit // 8) * 8 != self._bits:
+            raise ValueError("more numbers than there should be")
 
-def pack(values: np.ndarray, width: int) -> bytes:
-    """Return non-negative integers below 2 ** width, `width` bits each, lowest bit first."""
-    bits = (values.astype(np.uint64)[:, None] >> np.arange(width, dtype=np.uint64)) & np.uint64(1)
-    return np.packbits(bits.astype(np.uint8), bitorder="little").tobytes()
+    def _prefix(self, count: int) -> np.ndarray:
+        begin, self._taken = self._taken, self._taken + count
+        if self._taken > len(self._prefixes):
+            raise ValueError("fewer numbers than there should be")
+        return self._prefixes[begin : self._taken]
 
+    def _lows(self, widths: np.ndarray) -> np.ndarray:
+        ends = widths.cumsum()
+        return self._low(ends - widths + self._bit, int(ends[-1]) if len(ends) else 0, (1 << widths) - 1)
 
-def unpack(packed: np.ndarray, count: int, width: int) -> np.ndarray:
-    """Return the int64 values that `pack` wrote into these bytes (uint8)."""
-    assert width <= _WINDOW
-    if not count or not width:
-        return np.zeros(count, np.int64)
-    starts = np.arange(count, dtype=np.int64) * width
-    padded = np.append(packed, np.zeros(8, np.uint8))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 8)[starts >> 3].view("<u8")[:, 0]
-    return ((windows >> (starts & 7).astype(np.uint64)) & np.uint64((1 << width) - 1)).astype(np.int64)
-
-
-def elias_fano(values: np.ndarray, universe: int) -> bytes:
-    """Return a sorted sequence of integers in [0, universe): low bits as they are, high bits as gaps in unary."""
-    low, high_bits = _split(len(values), universe)
-    bitmap = np.zeros(high_bits, np.uint8)
-    bitmap[(values >> low) + np.arange(len(values))] = 1
-    lows = values & ((1 << low) - 1)
-    return np.packbits(bitmap, bitorder="little").tobytes() + pack(lows, low)
+    def _low(self, starts: np.ndarray, taken: int, mask: np.ndarray | int) -> np.ndarray:
+        self._bit += taken
+        if self._bit > self._bits:
+            raise ValueError("fewer bits than there should be")
+        # No more than 57 bits are wanted, so the sign that a shift would bring in is masked away.
+        return self._words.take(starts >> 3).view("<i8") >> (starts & 7) & mask
 
 
-def _split(count: int, universe: int) -> tuple[int, int]:
-    """Return how many low bits each of `count` values has, and the length of the bitmap of the rest."""
-    if not count:
-        return 0, 0
-    low = max(0, (universe // count).bit_length() - 1)
-    return low, count + ((universe - 1) >> low)
+def _best_law(values: np.ndarray) -> int:
+    """Return the law by which the numbers take the fewest bits."""
+    distinct, times = np.unique(values, return_counts=True)
+    highest = min(int(distinct[-1]).bit_length() + 1, _EXPONENTIAL)
+    rice, exponential = [], []
+    for order in range(highest):
+        prefixes = bit_lengths(distinct + (1 << order)) - 1 - order
+        rice.append(order * len(values) + int(times @ (distinct >> order)))
+        exponential.append(order * len(values) + 2 * int(times @ prefixes))
+    if min(rice) <= min(exponential):
+        return int(np.argmin(rice))
+    return _EXPONENTIAL + int(np.argmin(exponential))
 
 
-def _read_elias_fano(bits: np.ndarray, count: int, universe: int) -> tuple[np.ndarray, np.ndarray]:
-    low, high_bits = _split(count, universe)
-    bitmap, rest = _cut(bits, -(-high_bits // 8))
-    highs = np.flatnonzero(np.unpackbits(bitmap, bitorder="little"))
-    if len(highs) != count:
-        raise ValueError(f"{len(highs)} entries where there should be {count}")
-    lows, rest = _read_packed(rest, count, low)
-    return ((highs - np.arange(count)) << low) | lows, rest
+def bit_lengths(values: np.ndarray) -> np.ndarray:
+    """Return the bits that non-negative integers below 2 ** 53 need."""
+    return np.frexp(values.astype(np.float64))[1].astype(np.int64)
 
 
-def _read_packed(bits: np.ndarray, count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    packed, rest = _cut(bits, -(-count * width // 8))
-    return unpack(packed, count, width), rest
-
-
-def _read_codes(bits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    codes, rest = _cut(bits, 2 * count)
-    return codes.view("<u2"), rest
-
-
-def _cut(bits: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    if len(bits) < length:
-        raise ValueError(f"{length - len(bits)} bytes too few")
-    return bits[:length], bits[length:]
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -1,7 +1,7 @@
 """What reading and writing a folder of signals share: the header, the walk from record to record, the index.
 
-A record is a fixed head, the trace's uid and a payload (`distill.signal_bits`). The head has a checksum of its own, so
-that its lengths can be trusted; another one covers uid and payload. Both JSON files are sealed by a checksum too.
+A record is a fixed head, the trace's uid and a payload (`distill.signal_record`). The head has a checksum of its own,
+so that its lengths can be trusted; another one covers uid and payload. Both JSON files are sealed by a checksum too.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.signal_bits import Sizes
+from distill.signal_record import Sizes
 from distill.store import replacing
 from distill.token_signal import SignalSpec
 
 HEADER, RECORDS, INDEX = "header.json", "records.bin", "index.json"
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"SGNL"
-# magic, bytes of the uid, tokens, entries, outside, bytes of the payload, sum of places, crc32 of uid and payload
-FIELDS = struct.Struct("<4sHIIIQQI")
+# magic, bytes of the uid, tokens, distinct ids, bytes of the bitmap and of the payload, crc32 of uid and payload
+FIELDS = struct.Struct("<4sHIIIII")
 CRC = struct.Struct("<I")  # of these fields themselves, so that the walk from record to record can trust them
 HEAD = FIELDS.size + CRC.size
 Bytes = bytes | mmap.mmap
@@ -48,7 +49,7 @@ class SignalFolder:
         """Read what the header says.
 
         Raises:
-            UserError: missing, damaged, or of a newer version.
+            UserError: missing, damaged, or of another version.
         """
         path = self.folder / HEADER
         if not path.is_file():
@@ -57,9 +58,12 @@ class SignalFolder:
         if header is None:
             raise UserError(f"{path} is damaged: remove {self.folder} and score the traces again")
         if header["format"] != FORMAT:
-            raise UserError(f"{path} is of format {header['format']}, this version reads {FORMAT}: update distill")
+            remedy = (
+                f"remove {self.folder} and score the traces again" if header["format"] < FORMAT else "update distill"
+            )
+            raise UserError(f"{path} is of format {header['format']}, this version reads {FORMAT}: {remedy}")
         self.header = header
-        self.spec = SignalSpec(header["kind"], header["size"])
+        self.spec = SignalSpec(*(header[field.name] for field in fields(SignalSpec)))
         self.vocab_size, self.teacher, self.tokenizer = header["vocab_size"], header["teacher"], header["tokenizer"]
 
     def require(self, **whose: Any) -> None:
@@ -106,10 +110,10 @@ class SignalFolder:
         (crc,) = CRC.unpack_from(data, start + FIELDS.size)
         if zlib.crc32(fixed) != crc:
             if not data[start:].strip(b"\0"):  # a power cut left the length and not the content
-                return 0, Sizes(0, 0, 0, 0), 0, 0
+                return 0, Sizes(0, 0, 0), 0, 0
             raise self.damaged(f"the record at byte {start}")
-        _, uid_bytes, tokens, entries, outside, payload_bytes, places, body_crc = FIELDS.unpack(fixed)
-        return HEAD + uid_bytes + payload_bytes, Sizes(tokens, entries, outside, places), uid_bytes, body_crc
+        _, uid_bytes, tokens, distinct, bitmap, payload_bytes, body_crc = FIELDS.unpack(fixed)
+        return HEAD + uid_bytes + payload_bytes, Sizes(tokens, distinct, bitmap), uid_bytes, body_crc
 
     def damaged(self, what: str) -> UserError:
         return UserError(f"{self.path} is damaged ({what}): remove {self.folder} and score the traces again")
@@ -118,9 +122,9 @@ class SignalFolder:
 def as_record(uid: bytes, sizes: Sizes, payload: bytes) -> bytes:
     """Return a record's bytes."""
     body = uid + payload
-    lengths = (len(uid), sizes.tokens, sizes.entries, sizes.outside, len(payload), sizes.places)
-    fields = FIELDS.pack(MAGIC, *lengths, zlib.crc32(body))
-    return fields + CRC.pack(zlib.crc32(fields)) + body
+    lengths = (len(uid), sizes.tokens, sizes.distinct, sizes.bitmap, len(payload))
+    fixed = FIELDS.pack(MAGIC, *lengths, zlib.crc32(body))
+    return fixed + CRC.pack(zlib.crc32(fixed)) + body
 
 
 def is_whole(folder: SignalFolder, data: Bytes, start: int) -> bool:

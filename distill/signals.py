@@ -5,7 +5,7 @@ record per trace, appended) and `index.json` (where each begins; made anew from 
 missing or behind). A record is written before its trace's line in the journal, so a trace that counts as drawn has its
 numbers. A torn last record is cut off when the folder is opened for writing; the last record of a uid is the one that
 counts. Reading maps the file into memory and decodes whole traces without a loop over tokens; how a record is coded is
-in `distill.signal_bits`.
+in `distill.signal_record`.
 
 The records themselves, `SignalSpec`, `TokenSignal` and `SignalBatch`, are in `distill.token_signal`. No torch here.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 
 from distill.errors import UserError
-from distill.signal_bits import FLOOR, LEVELS, Entries, decode, dequantise, encode
 from distill.signal_folder import (
     FORMAT,
     HEAD,
@@ -35,6 +34,7 @@ from distill.signal_folder import (
     mapped,
     write_sealed,
 )
+from distill.signal_record import FINER, FLOOR, Entries, decode, encode
 from distill.store import full_disk
 from distill.token_signal import SignalBatch, SignalSpec, TokenSignal, signal_stream
 
@@ -86,8 +86,12 @@ class SignalWriter(SignalFolder):
         whose = {**asdict(spec), "vocab_size": vocab_size, "teacher": teacher, "tokenizer": tokenizer}
         empty = not os.fstat(self.stream.fileno()).st_size
         if empty:  # nothing was kept for whoever claimed it before
-            levels = {"law": "-floor * (code / levels) ** 4", "floor": FLOOR, "levels": LEVELS}
-            header = {"format": FORMAT, **whose, "logits": "raw", "logprobs": levels}
+            laws = {
+                "logprob": "-code / resolution",
+                "log_odds_of_tail": f"code / ({FINER} * resolution)",
+                "floor": -FLOOR,
+            }
+            header = {"format": FORMAT, **whose, "logits": "raw", "laws": laws}
             (self.folder / INDEX).unlink(missing_ok=True)
             write_sealed(self.folder / HEADER, header)
         self.read_header()
@@ -122,15 +126,7 @@ class SignalWriter(SignalFolder):
         """
         name = uid.encode()
         self._check(name, signal)
-        sizes, payload = encode(
-            signal.token_ids,
-            signal.token_logprobs,
-            signal.ids,
-            signal.logprobs,
-            signal.counts,
-            vocab_size=self.vocab_size,
-            size=self.spec.size,
-        )
+        sizes, payload = encode(signal, self.spec, self.vocab_size)
         record = as_record(name, sizes, payload)
         left = memoryview(record)
         try:
@@ -151,6 +147,8 @@ class SignalWriter(SignalFolder):
             raise ValueError(f"a uid has 1 to {2**16 - 1} bytes, not {len(name)}")
         if (signal.counts is not None) != (self.spec.kind == "sampled"):
             raise ValueError(f"{self.folder} holds {self.spec.kind!r} signals, this one is of the other kind")
+        if self.spec.logprobs and signal.logprobs is None:
+            raise ValueError(f"{self.folder} holds log-probabilities, this signal has none")
         if signal.ids.shape[1] > self.spec.size and (signal.ids[:, self.spec.size :] >= 0).any():
             raise ValueError(f"more than {self.spec.size} outcomes at a position")
         if signal.counts is not None and (signal.counts.sum(-1) != self.spec.size).any():
@@ -212,10 +210,9 @@ class SignalReader(SignalFolder):
             UserError: the record is damaged.
         """
         entries = self._entries(uid)
-        tokens, width = len(entries.token_ids), int(entries.widths.max(initial=0))
-        ids, logprobs, counts = _empty((tokens, width), entries.counts is not None)
+        ids, logprobs, counts = self._empty((len(entries.token_ids), int(entries.widths.max(initial=0))))
         _fill(entries, ids, logprobs, counts)
-        return TokenSignal(entries.token_ids, dequantise(entries.token_codes), ids, logprobs, counts)
+        return TokenSignal(entries.token_ids, entries.token_logprobs, ids, logprobs, counts, entries.tail)
 
     def gather(self, uids: Sequence[str]) -> SignalBatch:
         """Return several traces' signals padded to one shape; no loop runs over tokens.
@@ -228,13 +225,17 @@ class SignalReader(SignalFolder):
         lengths = np.array([len(each.token_ids) for each in found], np.int64)
         width = max((int(each.widths.max(initial=0)) for each in found), default=0)
         shape = (len(found), int(lengths.max(initial=0)))
-        token_ids, token_logprobs, _ = _empty(shape, False)
-        ids, logprobs, counts = _empty((*shape, width), self.spec.kind == "sampled")
+        token_ids, token_logprobs, _ = self._empty(shape)
+        tail = np.zeros(shape, np.float32) if self.spec.logprobs else None
+        ids, logprobs, counts = self._empty((*shape, width))
         for row, (entries, length) in enumerate(zip(found, lengths, strict=True)):
             token_ids[row, :length] = entries.token_ids
-            token_logprobs[row, :length] = dequantise(entries.token_codes)
-            _fill(entries, ids[row], logprobs[row], None if counts is None else counts[row])
-        return SignalBatch(lengths, token_ids, token_logprobs, ids, logprobs, counts)
+            if token_logprobs is not None and tail is not None:
+                token_logprobs[row, :length], tail[row, :length] = entries.token_logprobs, entries.tail
+            _fill(
+                entries, ids[row], None if logprobs is None else logprobs[row], None if counts is None else counts[row]
+            )
+        return SignalBatch(lengths, token_ids, token_logprobs, ids, logprobs, counts, tail)
 
     def verify(self) -> None:
         """Read everything.
@@ -259,23 +260,25 @@ class SignalReader(SignalFolder):
         what = f"the record of {uid!r}, at byte {start}"
         if not is_whole(self, self.data, start) or self.data[start + HEAD : begin] != uid.encode():
             raise self.damaged(what)
-        draws = self.spec.size if self.spec.kind == "sampled" else None
         try:
-            payload = memoryview(self.data[begin : start + size])
-            return decode(payload, sizes, vocab_size=self.vocab_size, size=draws)
+            return decode(memoryview(self.data[begin : start + size]), sizes, self.spec, self.vocab_size)
         except ValueError as error:
             raise self.damaged(f"{what}: {error}") from error
 
+    def _empty(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Return ids, log-probabilities and counts of empty places only."""
+        logprobs = np.full(shape, -np.inf, np.float32) if self.spec.logprobs else None
+        counts = np.zeros(shape, np.int32) if self.spec.kind == "sampled" else None
+        return np.full(shape, -1, np.int32), logprobs, counts
 
-def _empty(shape: tuple[int, ...], counted: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return ids, log-probabilities and counts of empty places only."""
-    counts = np.zeros(shape, np.int32) if counted else None
-    return np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32), counts
 
-
-def _fill(entries: Entries, ids: np.ndarray, logprobs: np.ndarray, counts: np.ndarray | None) -> None:
+def _fill(entries: Entries, ids: np.ndarray, logprobs: np.ndarray | None, counts: np.ndarray | None) -> None:
     """Write a trace's outcomes into the empty arrays (T, K)."""
-    at = (entries.rows, entries.places)
-    ids[at], logprobs[at] = entries.ids, dequantise(entries.codes)
-    if counts is not None and entries.counts is not None:
-        counts[at] = entries.counts
+    # Where row r begins in the arrays, less where it begins among the entries, is added to each entry's number.
+    lacking = np.cumsum(ids.shape[1] - entries.widths) - (ids.shape[1] - entries.widths)
+    at = np.arange(len(entries.ids)) + np.repeat(lacking, entries.widths)
+    ids.reshape(-1)[at] = entries.ids
+    if logprobs is not None:
+        logprobs.reshape(-1)[at] = entries.logprobs
+    if counts is not None:
+        counts.reshape(-1)[at] = entries.counts

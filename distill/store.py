@@ -29,6 +29,7 @@ JOURNAL, KEPT, REJECTED, FUNNEL, MANIFEST = (
     "funnel.json",
     "manifest.json",
 )
+SIGNAL = "signal"  # the folder of what a teacher said of every token (`distill.signals`)
 
 
 def dump_line(row: Mapping[str, Any]) -> str:

@@ -8,29 +8,31 @@ the caller's business.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
-import yaml
-from transformers import TrainingArguments
-from transformers.trainer_utils import SchedulerType
 
+from distill.batch import collate
 from distill.callbacks import METRICS, TIMINGS, Progress
 from distill.checkpoints import last_checkpoint
 from distill.config import TrainConfig
-from distill.dataset import data_file, load_examples, sha256
-from distill.divergences import DIVERGENCES
+from distill.dataset import Dataset, data_file, load_examples, sha256
 from distill.errors import RunError, UserError
-from distill.losses import LOSSES, LossMode
-from distill.models import context_length
+from distill.lora import add_lora
+from distill.models import context_length, end_token_ids
+from distill.objective import read_objective, signal_folder
+from distill.packing import check_packing, pack
 from distill.progress import say
+from distill.render import Example
+from distill.rollouts import Rollouts
 from distill.run_folder import CHECKPOINTS, RUN, claim, open_run, read_run, save_final
+from distill.signal_data import SignalData
 from distill.store import full_disk, write_json
-from distill.tables import bind, lookup, suggest
 from distill.trainer import DistillTrainer
+from distill.training_arguments import training_arguments
 
 
 def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: Any = None) -> dict[str, Any]:
@@ -48,12 +50,22 @@ def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: An
         UserError: a wrong setting, unusable data, or a folder of another recipe.
         RunError: the loss became NaN or infinite, or the disk is full; whole checkpoints stay.
     """
-    name, mode = loss_mode(config.mode)
+    objective = read_objective(config)
     if open_run(config) == "finished":
         say(f"{config.out} is finished; nothing to do")
         return read_run(config.out)
-    options = _loss_options(config, name, mode, model, tokenizer, teacher)
-    max_length = _max_length(config, model, teacher if options else None)
+    if (objective.source == "model") != (teacher is not None):
+        raise UserError(
+            "the loss asks a teacher: name one with --teacher"
+            if teacher is None
+            else "nobody asks the teacher that was given"
+        )
+    _check_width("student", model, tokenizer)
+    if teacher is not None:
+        _check_width("teacher", teacher, tokenizer)
+    max_length = _max_length(config, model, teacher)
+    width = model.get_output_embeddings().weight.shape[0]
+    signals = SignalData(signal_folder(config), tokenizer, num_outcomes=width) if objective.source == "signal" else None
     dataset = load_examples(
         config.data,
         tokenizer,
@@ -62,18 +74,41 @@ def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: An
         target=config.target,
         limit=config.limit,
         stop_ids=_stop_ids(model, tokenizer),
+        signals=signals,
+        unmatched=config.unmatched,
     )
-    if dataset.dropped:
-        say(f"left out {dataset.dropped} sequences longer than {max_length} tokens")
+    for count, what in (
+        (dataset.dropped, f"left out {dataset.dropped} sequences longer than {max_length} tokens"),
+        (dataset.cut, f"cut {dataset.cut} sequences to {max_length} tokens"),
+        (dataset.unmatched, f"left out {dataset.unmatched} traces that the stored numbers do not speak of"),
+    ):
+        if count:
+            say(what)
+    rollouts = _rollouts(config, model, tokenizer, max_length) if "rollouts" in objective.needs else None
+    if rollouts is not None:
+        rollouts.check(dataset.examples)
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    rows = _rows(config, model, dataset.examples, max_length)
+    if config.lora_r is not None:
+        names = config.lora_target_modules
+        model = add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha or 2 * config.lora_r,
+            dropout=config.lora_dropout,
+            target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
+        )
     progress = Progress()
     trainer = DistillTrainer(
         model,
-        teacher if "teacher_logits" in mode.needs else None,
+        teacher,
         args=training_arguments(config),
-        train_dataset=dataset.examples,
+        train_dataset=rows,
+        collate=partial(collate, pad_id=pad_id, signals=signals),
         processing_class=tokenizer,
-        loss=name,
-        loss_options=options,
+        loss=objective.weights,
+        loss_options=objective.options,
+        rollouts=rollouts,
         metrics_folder=config.out,
         callbacks=[progress],
     )
@@ -85,7 +120,7 @@ def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: An
     trainer.accelerator.wait_for_everyone()
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        run = _run_record(config, trainer, dataset.trained_share, len(dataset.examples), dataset.dropped)
+        run = _run_record(config, trainer, dataset)
         save_final(trainer, config.out)
         if trainer.is_world_process_zero():
             write_json(config.out / RUN, run)
@@ -99,142 +134,6 @@ def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: An
     finally:
         progress.close()
     return run
-
-
-def loss_mode(mode: str) -> tuple[str, LossMode]:
-    """Return the table name and the entry of a mode as the command line spells it.
-
-    Raises:
-        UserError: unknown; the nearest is suggested.
-    """
-    known = [name.replace("_", "-") for name in LOSSES]
-    name = mode.replace("-", "_")
-    if name not in LOSSES and ":" not in mode:
-        raise UserError(f"unknown mode {mode!r}: known are {', '.join(known)}{suggest(mode, known)}")
-    if name in LOSSES:
-        return name, LOSSES[name]
-    entry = lookup(LOSSES, mode, "mode")
-    if not isinstance(entry, LossMode):
-        raise UserError(f"--mode {mode} must name a distill.losses.LossMode, not a {type(entry).__name__}")
-    return mode, entry
-
-
-def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Return the transformers settings of a recipe.
-
-    Raises:
-        UserError: an unknown schedule.
-    """
-    schedules = [schedule.value for schedule in SchedulerType]
-    if config.lr_scheduler_type not in schedules:
-        near = suggest(config.lr_scheduler_type, schedules)
-        raise UserError(
-            f"unknown lr_scheduler_type {config.lr_scheduler_type!r}: known are {', '.join(schedules)}{near}"
-        )
-    settings: dict[str, Any] = {
-        "output_dir": str(config.out / CHECKPOINTS),
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler_type,
-        "warmup_steps": config.warmup_steps,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps or -1,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
-        "bf16": config.bf16,
-        "seed": config.seed,
-        "optim": "adamw_torch",
-        "logging_strategy": "steps",
-        "logging_steps": config.logging_steps,
-        "save_strategy": "steps",
-        "save_steps": config.save_steps,
-        "save_total_limit": 2,
-        "eval_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,  # `Progress` reports, on stderr
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "use_cpu": not torch.cuda.is_available(),
-        "ddp_find_unused_parameters": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    further = _trainer_settings(config.set, taken=settings)
-    try:
-        args = TrainingArguments(**settings, **further)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"transformers refuses the settings: {' '.join(str(error).split())[:300]}") from error
-    if args.n_gpu > 1:
-        # One process with several GPUs would mean torch's DataParallel, which splits a batch behind the loss's back.
-        # One GPU is used; several are for one process each (accelerate launch).
-        args._n_gpu = 1
-    return args
-
-
-# Settings of `TrainingArguments` that this trainer never asks: accepting one would be a knob that does nothing.
-IDLE_SETTINGS = frozenset({"label_smoothing_factor", "average_tokens_across_devices", "resume_from_checkpoint"})
-
-
-def _trainer_settings(pairs: Sequence[str], *, taken: Mapping[str, Any]) -> dict[str, Any]:
-    """Read `trainer.adam_beta2=0.95` pairs; values are YAML.
-
-    Raises:
-        UserError: another section, an unknown setting, or one that has its own flag or meaning here.
-    """
-    known = {each.name: each.default for each in fields(TrainingArguments) if each.init and each.name not in taken}
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        section, _, key = name.strip().partition(".")
-        if section != "trainer" or not equals:
-            raise UserError(f"--set takes trainer.NAME=VALUE, not {pair!r}")
-        if key in taken:
-            raise UserError(f"--set {name}: {key} is set by distill train itself (see its --help)")
-        if key in IDLE_SETTINGS or key.startswith(("eval_", "per_device_eval_", "do_")):
-            raise UserError(f"--set {name}: {key} would change nothing here, distill train has its own way of that")
-        if key not in known:
-            raise UserError(f"--set {name}: TrainingArguments has no {key!r}{suggest(key, known)}")
-        settings[key] = yaml.safe_load(value)
-        # TrainingArguments checks few kinds; a word where a number belongs would come out as a traceback much later.
-        if isinstance(known[key], (bool, int, float)) and not isinstance(settings[key], (bool, int, float)):
-            raise UserError(f"--set {name}: {key} takes a {type(known[key]).__name__}, not {value!r}")
-    return settings
-
-
-def _loss_options(
-    config: TrainConfig, name: str, mode: LossMode, model: Any, tokenizer: Any, teacher: Any
-) -> dict[str, Any]:
-    _check_width("student", model, tokenizer)
-    if "teacher_logits" not in mode.needs:
-        return {}
-    if teacher is None:
-        raise UserError(f"--mode {config.mode} learns from a teacher's logits: name one with --teacher")
-    _check_width("teacher", teacher, tokenizer)
-    # An unknown divergence or option is refused before the folder is taken.
-    function = lookup(DIVERGENCES, config.divergence, "divergence")
-    divergence_options = _options(config.divergence_option)
-    bind(function, divergence_options, f"divergence {config.divergence!r}")
-    return {
-        "num_outcomes": len(tokenizer),
-        "divergence": config.divergence,
-        "divergence_options": divergence_options,
-        "temperature": config.temperature,
-        "hard_label_weight": config.hard_label_weight,
-    }
-
-
-def _options(pairs: Sequence[str]) -> dict[str, float]:
-    """Read `alpha=0.2` pairs; a divergence's options are numbers."""
-    options: dict[str, float] = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            options[name.strip()] = float(value)
-        except ValueError:
-            raise UserError(f"--divergence-option takes name=number, not {pair!r}") from None
-    return options
 
 
 def _check_width(who: str, model: Any, tokenizer: Any) -> None:
@@ -260,9 +159,34 @@ def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
     return {index for index in [*ids, tokenizer.eos_token_id] if index is not None and index < len(tokenizer)}
 
 
-def _run_record(
-    config: TrainConfig, trainer: DistillTrainer, trained_share: float, sequences: int, dropped: int
-) -> dict[str, Any]:
+def _rows(config: TrainConfig, model: Any, examples: list[Example], max_length: int | None) -> Sequence[Any]:
+    """Return what a row of a batch holds: one example, or as many as fit."""
+    if not config.packing:
+        return examples
+    if max_length is None:
+        raise UserError(
+            "--packing fills rows of --max-length tokens, and neither that nor the model's context is known"
+        )
+    check_packing(model, max_length)
+    return pack(examples, max_length)
+
+
+def _rollouts(config: TrainConfig, model: Any, tokenizer: Any, max_length: int | None) -> Rollouts:
+    return Rollouts(
+        model,
+        end_ids=end_token_ids(model, tokenizer),
+        pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        num_outcomes=len(tokenizer),
+        max_length=max_length,
+        seed=config.seed,
+        max_completion_length=config.max_completion_length,
+        temperature=config.rollout_temperature,
+        top_p=config.rollout_top_p,
+        student_share=config.student_share,
+    )
+
+
+def _run_record(config: TrainConfig, trainer: DistillTrainer, dataset: Dataset) -> dict[str, Any]:
     lines = [row for row in trainer.state.log_history if "loss" in row]
     return {
         "recipe": config.model_dump(mode="json"),
@@ -273,9 +197,11 @@ def _run_record(
         },
         "device": torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else "cpu",
         "data_sha256": sha256(data_file(config.data)),
-        "sequences": sequences,
-        "dropped_overlong": dropped,
-        "trained_share": trained_share,
+        "sequences": len(dataset.examples),
+        "dropped_overlong": dataset.dropped,
+        "cut_overlong": dataset.cut,
+        "without_signal": dataset.unmatched,
+        "trained_share": dataset.trained_share,
         "num_parameters": trainer.student.num_parameters(),
         "steps": trainer.state.global_step,
         "ledger": trainer.ledger(),

@@ -1,18 +1,21 @@
-"""A `transformers.Trainer` that asks a loss mode for (total, weight, metrics) and divides once.
+"""A `transformers.Trainer` that asks a sum of loss modes for (total, weight, metrics) and divides once.
 
     loss = sum of totals / trained-token mass of the whole optimizer step
 
-over all micro-batches and ranks, so how a step is split, padded or spread cannot change a gradient. Beyond that it
-adds what a long run needs: a NaN stops it at once, a checkpoint appears whole or not at all, and a resumed run is the
-uninterrupted one. Data, recipes and output folders are `distill.train`.
+over all micro-batches and ranks, so how a step is split, padded, packed or spread cannot change a gradient. Beyond
+that it adds what a long run needs: a NaN stops it at once, a checkpoint appears whole or not at all, and a resumed run
+is the uninterrupted one. On-policy modes have their batches rewritten by the student (`distill.rollouts`) before the
+mass is counted; what modes train beside the student is `distill.beside`. Data, recipes and folders are `distill.train`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,38 +23,42 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from distill.batch import Batch, collate
+from distill.batch import Batch
+from distill.beside import Beside
 from distill.callbacks import METRICS, MetricsFile, keep_until
 from distill.checkpoints import STATE, checkpoints, last_checkpoint, reason
-from distill.errors import RunError
-from distill.forward import read_head, run
-from distill.ledger import forward_flops
-from distill.losses import LOSSES, LossMode, LossOutput
-from distill.render import Example
-from distill.tables import bind, lookup
+from distill.errors import RunError, UserError
+from distill.forward import Forward, read_head, run
+from distill.losses.mixture import Mixture
+from distill.rollouts import Rollouts
+from distill.tally import Tally
 
 STAGING = ".saving"
 
 
 class DistillTrainer(Trainer):
-    """Trains `model` by one loss mode.
+    """Trains `model` by one loss mode, or a weighted sum of several.
 
     `args.remove_unused_columns` and `args.logging_nan_inf_filter` are switched off: the first would drop the weights,
     the second would hide a NaN.
 
     Args:
         model: the student, a causal language model.
-        teacher: a causal language model of the same vocabulary, where the mode needs one; it is frozen.
+        teacher: a causal language model of the same vocabulary, where a mode needs one; it is frozen. It stays on the
+            device it is on where that is not the CPU, or where it is spread over several.
         args: `transformers.TrainingArguments`.
-        train_dataset: `Example`s with a length.
+        train_dataset: what `collate` takes, with a length.
+        collate: a list of the dataset's items to a `Batch`.
         processing_class: the tokenizer, saved into every checkpoint.
-        loss: a name of `LOSSES`.
-        loss_options: keyword-only arguments of the mode.
+        loss: a name of `LOSSES`, or mode -> weight.
+        loss_options: mode -> its keyword-only arguments.
+        rollouts: writes the batches of on-policy modes.
         metrics_folder: where `metrics.jsonl` and `timings.jsonl` go; None writes none.
 
     Raises:
@@ -66,49 +73,91 @@ class DistillTrainer(Trainer):
         teacher: Any = None,
         *,
         args: TrainingArguments,
-        train_dataset: Sequence[Example],
+        train_dataset: Sequence[Any],
+        collate: Callable[[Sequence[Any]], Batch],
         processing_class: Any,
-        loss: str,
-        loss_options: Mapping[str, Any] | None = None,
+        loss: str | Mapping[str, float],
+        loss_options: Mapping[str, Mapping[str, Any]] | None = None,
+        rollouts: Rollouts | None = None,
         metrics_folder: Path | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.mode: LossMode = lookup(LOSSES, loss, "loss mode")
-        self.loss_fn = bind(self.mode.fn, loss_options or {}, f"loss mode {loss!r}")
-        if ("teacher_logits" in self.mode.needs) != (teacher is not None):
-            raise ValueError(f"loss mode {loss!r} " + ("needs a teacher" if teacher is None else "takes no teacher"))
+        self.loss = Mixture(
+            {loss: 1.0} if isinstance(loss, str) else loss,
+            loss_options or {},
+            student=model,
+            teacher=teacher,
+            num_outcomes=len(processing_class),
+            rollouts=rollouts,
+        )
+        if "teacher" in self.loss.needs and teacher is None:
+            raise UserError(f"the loss ({loss}) needs a teacher that runs")
+        if teacher is not None and self.loss.needs.isdisjoint({"teacher", "teacher_logits"}):
+            raise UserError(f"the loss ({loss}) asks no teacher, and one was given")
+        if ("rollouts" in self.loss.needs) != (rollouts is not None):
+            raise UserError(f"the loss ({loss}) " + ("takes no rollouts" if rollouts else "needs rollouts"))
+        head = model.get_output_embeddings()
+        if not self.loss.reads_head and head.weight is not model.get_input_embeddings().weight:
+            head.requires_grad_(False)  # data parallelism would wait for a gradient that never comes
+        if args.fp16 and len(self.loss.modules):
+            raise UserError("fp16 scales the loss, which projectors are not prepared for: use bf16")
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
-        pad_id = processing_class.pad_token_id
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            data_collator=partial(_collate_tensors, pad_id=0 if pad_id is None else pad_id),
+            data_collator=partial(_as_tensors, collate),
             callbacks=[*callbacks, *([MetricsFile(metrics_folder)] if metrics_folder else [])],
         )
         self.model_accepts_loss_kwargs = True  # what transformers before `loss_is_scaled_for_ga` asks
         for printer in (PrinterCallback, ProgressCallback):  # stdout belongs to the command
             self.remove_callback(printer)
+        self.beside = Beside(self.loss.modules, args, self.accelerator)
+        self.add_callback(self.beside)
+        self.rollouts = rollouts
         self.metrics_folder = metrics_folder
         self.checkpoints_folder = Path(str(self.args.output_dir))
         self.student: Any = self.model
         self.student_head = read_head(self.student, "student")
+        sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+        self.trained_share = sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-            if getattr(teacher, "hf_device_map", None) is None:
+            if getattr(teacher, "hf_device_map", None) is None and teacher.device.type == "cpu":
                 teacher.to(self.args.device)
             self.teacher_head = read_head(teacher, "teacher")
-        self.window: dict[str, Tensor] = {}  # sums since the last line of metrics.jsonl
-        self.totals: dict[str, Tensor] = {}  # sums since the run began
-        self.seconds_before = 0.0
-        self.started = time.perf_counter()
+            self.teacher_head_here = self.teacher_head
+            if teacher.device != self.args.device:  # a chunk of logits is larger than all hidden states: project here
+                linear = copy.deepcopy(self.teacher_head.linear).to(self.args.device)
+                self.teacher_head_here = replace(self.teacher_head, linear=linear)
+        self.tally = Tally(partial(self.accelerator.reduce, reduction="sum"))
         self.broken = torch.zeros((), dtype=torch.int64, device=self.args.device)  # first step with a NaN or inf
         self.staging: Path | None = None
 
     # -- the loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Return the micro-batches of one optimizer step and their trained-token mass, over all ranks."""
+        batches, mass = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rollouts is None or not batches:
+            return batches, mass
+        rolled = []
+        for number, inputs in enumerate(batches):
+            # Rows are numbered through the whole step, so it may be split over micro-batches and ranks at will.
+            before = number * self.args.world_size + self.args.process_index
+            batch = Batch.from_tensors(inputs).to(device)
+            with self.accelerator.autocast():
+                written = self.rollouts.roll(
+                    batch,
+                    step=self.state.global_step,
+                    first_row=before * self.args.per_device_train_batch_size,
+                )
+            rolled.append(written.batch.tensors())
+            self.tally.add(written.metrics, written.counts)
+        return rolled, self._get_num_items_in_batch(rolled, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Return the trained-token mass of one optimizer step, over its micro-batches and all ranks."""
@@ -121,20 +170,27 @@ class DistillTrainer(Trainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return this micro-batch's share of the step's loss."""
-        batch = Batch(**inputs)
+        batch = Batch.from_tensors(inputs)
         with self.accelerator.autocast():
-            student = run(model, self.student_head, batch.input_ids, batch.attention_mask)
-            teacher = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    teacher = run(self.teacher, self.teacher_head, batch.input_ids, batch.attention_mask)
-            output = self.loss_fn(student, teacher, batch)
+            student = run(model, self.student_head, batch, self.loss.student_capture)
+            teacher = None if self.teacher is None else self._teach(batch)
+            progress = self.state.global_step / max(self.state.max_steps, 1)
+            output = self.loss(student, teacher, batch, progress=progress)
         if self.student.training:
-            self._count(batch, output)
+            self.tally.step(batch, output)
         mass = output.weight if num_items_in_batch is None else num_items_in_batch
         # Data parallelism averages gradients over ranks; the mass is already global, so undo the average.
         loss = output.total / mass * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def _teach(self, batch: Batch) -> Forward:
+        """Run the teacher where it is, and bring what it says to the student's device."""
+        device = self.args.device
+        with torch.no_grad():
+            said = run(self.teacher, self.teacher_head, batch.to(self.teacher.device), self.loss.teacher_capture)
+        attention = {number: tuple(each.to(device) for each in kept) for number, kept in said.attention.items()}
+        layers = {number: kept.to(device) for number, kept in said.layers.items()}
+        return Forward(said.hidden.to(device), self.teacher_head_here, layers, attention)  # type: ignore[arg-type]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -148,6 +204,7 @@ class DistillTrainer(Trainer):
 
     def _watch(self, value: Tensor) -> None:
         """Note the first step with a value that is not finite; on a GPU it is read at the next line or checkpoint."""
+        value = value.full_tensor() if isinstance(value, DTensor) else value  # the norm of gradients that are sharded
         bad = ~torch.isfinite(value.detach()) & (self.broken == 0)
         self.broken = torch.where(bad, self.state.global_step + 1, self.broken)
         if self.args.device.type == "cpu":
@@ -163,40 +220,17 @@ class DistillTrainer(Trainer):
 
     # -- what is counted
 
-    def _count(self, batch: Batch, output: LossOutput) -> None:
-        lengths = batch.attention_mask.sum(1, dtype=torch.float64)
-        sums = {"loss": output.total.detach(), "weight": output.weight, **output.metrics}
-        counts = {"tokens": lengths.sum(), "squares": lengths.square().sum(), "trained": (batch.weights > 0).sum()}
-        for table, values in ((self.window, sums), (self.totals, counts)):
-            for name, value in values.items():
-                value = value.to(torch.float64)
-                table[name] = table[name] + value if name in table else value
-
     def ledger(self) -> dict[str, Any]:
-        """Return what training cost so far on all ranks: flops, seconds, tokens, trained_tokens."""
-        tokens, squares, trained = (self._global(self.totals, name) for name in ("tokens", "squares", "trained"))
-        context = squares / tokens / 2 if tokens else 0.0
-        flops = 3 * forward_flops(
-            self.student.config.get_text_config(), tokens, context
-        )  # a backward pass costs two forward passes
-        if self.teacher is not None:
-            flops += forward_flops(self.teacher.config.get_text_config(), tokens, context)
-        seconds = self.seconds_before + time.perf_counter() - self.started
-        return {"flops": flops, "seconds": seconds, "tokens": int(tokens), "trained_tokens": int(trained)}
-
-    def _global(self, table: Mapping[str, Tensor], name: str) -> float:
-        return float(self.accelerator.reduce(table[name], "sum")) if name in table else 0.0
+        """Return what training cost so far on all ranks: see `Tally.ledger`."""
+        teacher = None if self.teacher is None else self.teacher.config.get_text_config()
+        return self.tally.ledger(self.student.config.get_text_config(), teacher, trained_share=self.trained_share)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log per-token means over the steps since the last line, and running totals."""
+        """Log means over the steps since the last line, per unit of weight, and running totals."""
         if "loss" in logs:
             self._stop_if_broken()
-            means = {name: self._global(self.window, name) for name in self.window}
-            weight = means.pop("weight")
-            ledger = self.ledger()
-            logs |= {name: value / weight for name, value in means.items()}
-            logs |= {name: ledger[name] for name in ("tokens", "trained_tokens", "flops")}
-            self.window = {}
+            logs |= self.tally.means()
+            logs |= {name: value for name, value in self.ledger().items() if name != "seconds"}
         super().log(logs, start_time)
 
     # -- checkpoints
@@ -208,7 +242,7 @@ class DistillTrainer(Trainer):
         if resume_from_checkpoint is True:
             last = last_checkpoint(self.checkpoints_folder)
             resume_from_checkpoint = str(last) if last else None
-        self.started = time.perf_counter()
+        self.tally.started = time.perf_counter()
         if resume_from_checkpoint and self._restore(Path(resume_from_checkpoint)):
             # Only the last save was missed. transformers would take one step more before it notices.
             self._load_from_checkpoint(str(resume_from_checkpoint))
@@ -219,15 +253,10 @@ class DistillTrainer(Trainer):
     def _restore(self, checkpoint: Path) -> bool:
         """Take up the counts of a checkpoint; return whether it is the last one of the run that was asked for."""
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        self.seconds_before = state["seconds"]
+        self.tally.seconds_before = state["seconds"]
+        self.beside.load(checkpoint)
         if self.is_world_process_zero():  # the sums were added over ranks when saved: one rank takes them all
-            self.window, self.totals = (
-                {
-                    name: torch.tensor(v, dtype=torch.float64, device=self.args.device)
-                    for name, v in state[table].items()
-                }
-                for table in ("window", "totals")
-            )
+            self.tally.restore(state, self.args.device)
             if self.metrics_folder is not None:
                 keep_until(self.metrics_folder / METRICS, state["step"])
         return state["step"] >= state["max_steps"] and state["length"] == self._length()
@@ -256,8 +285,7 @@ class DistillTrainer(Trainer):
             "step": self.state.global_step,
             "max_steps": self.state.max_steps,
             "length": self._length(),
-            "window": {key: self._global(self.window, key) for key in self.window},
-            "totals": {key: self._global(self.totals, key) for key in self.totals},
+            **self.tally.state(),
             "seconds": self.ledger()["seconds"],
         }
         self.staging = folder / STAGING
@@ -268,6 +296,7 @@ class DistillTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.is_world_process_zero():
                 (self.staging / name / STATE).write_text(json.dumps(state), encoding="utf-8")
+                self.beside.save(self.staging / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self.staging, ignore_errors=True)
             raise RunError(f"cannot write {folder / name}: {reason(error)}; {self._last_kept()}") from error
@@ -284,5 +313,5 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-def _collate_tensors(examples: Sequence[Example], *, pad_id: int) -> dict[str, Tensor]:
-    return collate(examples, pad_id=pad_id).tensors()
+def _as_tensors(collate: Callable[[Sequence[Any]], Batch], items: Sequence[Any]) -> dict[str, Tensor]:
+    return collate(items).tensors()

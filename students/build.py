@@ -5,6 +5,7 @@ Adapters (LoRA) and training are not here.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from distill.dtypes import torch_dtype
 from distill.errors import UserError
 from distill.models import end_token_ids, load_model
+from distill.quantisation import Bits
 from distill.tables import suggest
 from students.presets import PRESETS, is_preset, resolve_preset
 from students.prune import parse_prune, prune
@@ -50,7 +52,13 @@ def _means_preset(spec: str) -> bool:
 
 
 def build_student(
-    spec: str, *, tokenizer: Any = None, dtype: str = "float32", seed: int = 0, trust_remote_code: bool = False
+    spec: str,
+    *,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    quantization: Bits | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Return the student that `spec` describes, on CPU, in evaluation mode.
 
@@ -60,6 +68,7 @@ def build_student(
         tokenizer: whose vocabulary and special tokens a preset takes; unused otherwise.
         dtype: what the weights are held in.
         seed: of a preset's initial weights; the global random state is left as it was.
+        quantization: hold a MODEL in this many bits, to train LoRA beside it.
 
     Returns:
         A transformers PreTrainedModel that saves and loads as any other.
@@ -67,7 +76,10 @@ def build_student(
     Raises:
         UserError: what `student_kind` and `distill.models.load_model` refuse; a preset without tokenizer.
     """
-    if student_kind(spec).kind == "preset":
+    kind = student_kind(spec).kind
+    if quantization is not None and kind != "model":
+        raise UserError(f"only a whole model can be held in {quantization}, not {spec!r}: save it as a folder first")
+    if kind == "preset":
         if tokenizer is None:
             raise UserError(f"the preset {spec!r} needs a tokenizer: name a model that has one (--tokenizer MODEL)")
         return _from_preset(resolve_preset(spec), tokenizer, dtype, seed)
@@ -75,7 +87,10 @@ def build_student(
         cut = parse_prune(spec)
         model = load_model(cut.source, dtype=dtype, trust_remote_code=trust_remote_code)
         return prune(model, layers=cut.layers, keep=cut.keep, intermediate_size=cut.intermediate_size)
-    return load_model(spec, dtype=dtype, trust_remote_code=trust_remote_code)
+    device = None if quantization is None else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return load_model(
+        spec, dtype=dtype, device=device, quantization=quantization, trust_remote_code=trust_remote_code
+    )
 
 
 def _from_preset(settings: dict[str, Any], tokenizer: Any, dtype: str, seed: int) -> Any:

@@ -20,7 +20,7 @@ from distill.errors import UserError
 from distill.ledger import Ledger, total
 from distill.progress import LINE_SECONDS, Meter, say
 from distill.records import Completion, Trace
-from distill.store import MANIFEST, TraceStore, read_manifest, read_traces, write_json
+from distill.store import MANIFEST, SIGNAL, TraceStore, read_manifest, read_traces, write_json
 from teachers.backend import Backend, Request
 from teachers.filters import with_flags
 from teachers.plan import Author, Plan
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 NOTE_SECONDS = 10.0  # between two notes of a running ledger in the manifest
 OUTSTANDING = 512  # unjudged samples in memory before the engine waits for verdicts
-SIGNAL = "signal"  # the folder of a store's log-probabilities
 
 
 def trace_of(request: Request, completion: Completion, author: Author, backend: str) -> Trace:

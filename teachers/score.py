@@ -22,10 +22,10 @@ from distill.progress import Meter, say
 from distill.records import Message
 from distill.render import render
 from distill.signals import HEADER, SignalReader, SignalSpec, SignalWriter
-from distill.store import JOURNAL, KEPT, MANIFEST, TraceStore, latest, read_lines, read_manifest, write_json
+from distill.store import JOURNAL, KEPT, MANIFEST, SIGNAL, TraceStore, latest, read_lines, read_manifest, write_json
 from teachers.backend import Backend
 from teachers.plan import Author
-from teachers.sampling import NOTE_SECONDS, SIGNAL, signal_writer, versions
+from teachers.sampling import NOTE_SECONDS, signal_writer, versions
 
 
 def run_score(config: ScoreConfig, author: Author, open_backend: Callable[[], Backend]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _scored(folder: Path, spec: SignalSpec, author: Author) -> set[str]:
         return set()
     there = SignalReader(folder)
     if len(there):
-        there.require(kind=spec.kind, size=spec.size, teacher=author.identity)
+        there.require(**asdict(spec), teacher=author.identity)
     return set(there.uids)
 
 

@@ -36,7 +36,7 @@ from distill.config import (
 )
 from distill.divergences import DIVERGENCES
 from distill.losses import LOSSES
-from distill.tables import lookup
+from distill.objective import loss_options, loss_weights, needs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")]
@@ -131,10 +131,10 @@ def test_every_command_parses(page: Path, line: str, tmp_path: Path) -> None:
     if isinstance(config, TrainConfig):
         from students import student_kind
 
-        lookup(LOSSES, config.mode.replace("-", "_"), "mode")
-        lookup(DIVERGENCES, config.divergence, "divergence")
+        weights = loss_weights(config)
+        loss_options(config)
         student_kind(config.student)
-        assert config.mode != "soft-logits" or config.teacher, "soft-logits needs --teacher"
+        assert "teacher" not in needs(weights) or config.teacher, f"{weights} needs --teacher"
     if isinstance(config, GenerateConfig | FilterConfig):
         from teachers.filters import parse_drop, parse_keep
 
@@ -175,10 +175,10 @@ def test_flags_in_running_text_exist() -> None:
 
 
 def test_every_training_setting_is_explained() -> None:
-    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("training.md", "losses.md"))
     for name in TrainConfig.model_fields:
         flag = "--" + name.replace("_", "-")
-        assert re.search(rf"{flag}(?![\w-])", text), f"docs/training.md does not mention {flag}"
+        assert re.search(rf"{flag}(?![\w-])", text), f"neither docs/training.md nor docs/losses.md mentions {flag}"
     for name in (*DIVERGENCES, *(mode.replace("_", "-") for mode in LOSSES)):
         assert f"| `{name}` |" in text
 
@@ -389,10 +389,10 @@ def test_the_doors_open(extended: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_registered_is_tested(extended: Path) -> None:
-    wanted = ["tests/test_divergences.py", "tests/test_losses.py", "tests/test_floors.py"]
+    wanted = [f"tests/test_{name}.py" for name in ("divergences", "slopes", "losses", "floors")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *wanted]
     environment = {**os.environ, "PYTHONPATH": str(extended)}
-    command += ["-k", "le_cam or smoothed_labels or this_house"]
+    command += ["-k", "le_cam or smoothed_labels or this_house or has_a_slope"]
     done = subprocess.run(command, cwd=extended, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.count("le_cam") >= 4

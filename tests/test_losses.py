@@ -6,16 +6,19 @@ Parametrised over `LOSSES`: a registered mode is a tested mode.
 from __future__ import annotations
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.batch import Batch, collate
 from distill.errors import UserError
 from distill.forward import read_head, run
 from distill.losses import LOSSES, LossOutput
+from distill.losses.mixture import Mixture
 from distill.render import Example
 
 TOKENS = 259
@@ -34,16 +37,18 @@ def examples(count: int = 4, seed: int = 0) -> list[Example]:
     return made
 
 
-def evaluate(name: str, student, teacher, batch: Batch, **options) -> LossOutput:
-    mode = LOSSES[name]
-    forwards = [run(student, read_head(student, "student"), batch.input_ids, batch.attention_mask)]
-    if mode.needs:
-        options = {"num_outcomes": TOKENS, **options}
+def evaluate(name: str | dict[str, float], student, teacher, batch: Batch, progress: float = 0.5, **options):
+    """One batch under a mode with these options, or under a mixture (options by mode)."""
+    weights = {name: 1.0} if isinstance(name, str) else name
+    chosen = {name: options} if isinstance(name, str) else options
+    taught = any(LOSSES[mode].needs for mode in weights)
+    loss = Mixture(weights, chosen, student=student, teacher=teacher if taught else None, num_outcomes=TOKENS)
+    ours = run(student, read_head(student, "student"), batch, loss.student_capture)
+    theirs = None
+    if taught:
         with torch.no_grad():
-            forwards.append(run(teacher, read_head(teacher, "teacher"), batch.input_ids, batch.attention_mask))
-    else:
-        forwards.append(None)
-    return mode.fn(*forwards, batch, **options)
+            theirs = run(teacher, read_head(teacher, "teacher"), batch, loss.teacher_capture)
+    return loss(ours, theirs, batch, progress=progress)
 
 
 def gradients(output: LossOutput, model) -> dict[str, torch.Tensor]:
@@ -106,7 +111,9 @@ def test_soft_logits_equal_kl_div_on_full_logits(student, teacher, batch, temper
     assert_same(ours, {key: parameter.grad for key, parameter in student.named_parameters()})
 
 
-@MODES
+@pytest.mark.parametrize(
+    "name", [name for name in LOSSES if "chunk_tokens" in inspect.signature(LOSSES[name].fn).parameters]
+)
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 10_000])
 def test_chunk_size_changes_nothing(name, student, teacher, batch, chunk_tokens):
     whole = evaluate(name, student, teacher, batch)
@@ -120,7 +127,7 @@ def test_chunk_size_changes_nothing(name, student, teacher, batch, chunk_tokens)
 def test_padding_changes_nothing(name, student, teacher):
     alone = [collate([example], pad_id=256) for example in examples()]
     padded = collate(examples(), pad_id=7)  # another padding token too
-    wider = Batch(*(functional.pad(field, (0, 9)) for field in padded.tensors().values()))
+    wider = Batch.from_tensors({name: functional.pad(field, (0, 9)) for name, field in padded.tensors().items()})
     results = []
     for batches in (alone, [padded], [wider]):
         outputs = [evaluate(name, student, teacher, batch) for batch in batches]
@@ -160,16 +167,61 @@ def test_only_the_student_gets_gradients_and_a_batch_without_trained_tokens_give
     assert all(p.grad is None for p in teacher.parameters())
 
 
+class _Largest(TorchDispatchMode):
+    """Notes the most numbers that any tensor made meanwhile holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(each, torch.Tensor):
+                self.numbers = max(self.numbers, each.untyped_storage().nbytes() // each.element_size())
+        return made
+
+
 @MODES
 def test_full_logits_are_never_held(name, student, teacher):
-    """Nothing of vocabulary width is kept for the backward pass: chunks are recomputed there."""
-    batch = collate(examples(count=16), pad_id=256)
-    kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        evaluate(name, student, teacher, batch, chunk_tokens=8)
-    assert len(kept) > 50
-    head_weights = ((32, TOKENS), (48, 264))
-    assert not [shape for shape in kept if shape and shape[-1] >= TOKENS and shape not in head_weights]
+    """Neither forward nor backward makes a tensor of tokens times vocabulary."""
+    batch = collate(examples(count=64), pad_id=256)
+    options = {"chunk_tokens": 8} if "chunk_tokens" in inspect.signature(LOSSES[name].fn).parameters else {}
+    with _Largest() as largest:
+        evaluate(name, student, teacher, batch, **options).total.backward()
+    trained = int((batch.weights > 0).sum())
+    assert largest.numbers < trained * TOKENS
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "hard_labels"])
+def test_a_mixture_is_the_weighted_sum_of_its_modes(name, student, teacher, batch):
+    """Also where one mode carries the hard labels along in its own projection."""
+    weights = {name: 2.0, "hard_labels": 0.5}
+    mixed = evaluate(weights, student, teacher, batch)
+    expected = gradients(mixed, student)
+    parts = {mode: evaluate(mode, student, teacher, batch) for mode in weights}
+    total = sum(weights[mode] * part.total for mode, part in parts.items())
+    torch.testing.assert_close(mixed.total, total)
+    assert_same(gradients(LossOutput(total, mixed.weight), student), expected)
+    torch.testing.assert_close(mixed.metrics["cross_entropy"], parts["hard_labels"].metrics["cross_entropy"])
+
+
+def test_a_mixture_refuses_what_it_cannot_mean(student, teacher, batch):
+    def mix(weights, **options):
+        return Mixture(weights, options, student=student, teacher=teacher, num_outcomes=TOKENS)
+
+    for weights, options, said in (
+        ({}, {}, "at least one mode"),
+        ({"soft_logits": 0.0}, {}, "must be a positive number, not 0.0"),
+        ({"soft_logits": float("nan")}, {}, "must be a positive number, not nan"),
+        ({"soft_logit": 1.0}, {}, "did you mean 'soft_logits'"),
+        ({"soft_logits": 1.0}, {"hard_labels": {}}, "options for 'hard_labels', which is not part"),
+        ({"soft_logits": 1.0}, {"soft_logits": {"num_outcomes": 3}}, "num_outcomes is the trainer's to give"),
+        ({"soft_logits": 1.0}, {"soft_logits": {"temperatur": 3}}, "did you mean 'temperature'"),
+        ({"distill.losses:hard_labels": 1.0}, {}, "must name a distill.losses.LossMode, not a function"),
+    ):
+        with pytest.raises(UserError, match=said):
+            mix(weights, **options)
 
 
 def test_a_student_that_equals_its_teacher_has_no_divergence_and_full_agreement(student, batch):
@@ -204,8 +256,8 @@ def test_divergences_and_their_options_are_chosen_by_name(student, teacher, batc
 )
 def test_head_and_hidden_states_give_the_models_own_logits(make_model, batch, family, overrides):
     model = make_model(family, **overrides).eval()
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    hidden = run(model, read_head(model, "student"), **inputs)
+    inputs = batch.model_inputs()
+    hidden = run(model, read_head(model, "student"), batch)
     torch.testing.assert_close(hidden.head(hidden.hidden), model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 

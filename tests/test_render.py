@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.render import answer_only, end_of_turn, render, render_plain, render_prompt
+from distill.render import answer_only, end_of_turn, render, render_plain, render_prompt, render_sampled
 
 ASK = {"role": "user", "content": "2+2?"}
 THOUGHT = "<think>\ntwo and two\n</think>\n\n\\boxed{4}"
@@ -104,6 +104,27 @@ def test_a_turn_closed_by_another_stop_token_of_the_model_gets_no_second_one(mak
     stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert end_of_turn(tokenizer, messages, {stop, tokenizer.eos_token_id}) == "<|endoftext|>"
     assert end_of_turn(tokenizer, messages) == "<|endoftext|><|im_end|>"
+
+
+def test_a_turn_that_was_cut_off_is_not_taught_to_stop(tokenizer):
+    messages = [ASK, {"role": "assistant", "content": "four"}]
+    whole, cut = render(tokenizer, messages), render(tokenizer, messages, ended=False)
+    assert whole.input_ids.tolist() == [*cut.input_ids.tolist(), tokenizer.eos_token_id]
+    assert whole.begin == cut.begin == int((cut.weights == 0).sum())
+
+
+@given(st.text(alphabet="fourive<|>\n", min_size=1, max_size=6), st.booleans())
+def test_sampled_tokens_of_the_text_give_the_rendered_example(tokenizer, content, ended):
+    messages = [ASK, {"role": "assistant", "content": content}]
+    expected = render(tokenizer, messages, ended=ended)
+    found = render_sampled(tokenizer, messages, expected.input_ids[expected.begin :], uid="it", ended=ended)
+    assert found is not None
+    assert found.uid == "it"
+    assert found.begin == expected.begin
+    assert found.input_ids.tolist() == expected.input_ids.tolist()
+    assert found.weights.tolist() == expected.weights.tolist()
+    other = render(tokenizer, [ASK, {"role": "assistant", "content": content + "!"}], ended=ended)
+    assert render_sampled(tokenizer, messages, other.input_ids[other.begin :], uid="it", ended=ended) is None
 
 
 def test_plain_text_pairs_are_joined_and_stopped(tokenizer):

@@ -78,6 +78,9 @@ def opener(**options: Any) -> Callable[[], Any]:
     return lambda: open_backend("transformers", NANO.location, **options)
 
 
+STORED = SignalSpec("top", 5).error + 1e-4  # nats
+
+
 def never() -> Any:
     raise AssertionError("no engine is needed")
 
@@ -89,12 +92,12 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """The same traces with the same numbers, up to the rounding of differently shaped matrix products."""
+    """The same traces with the same numbers, up to storing: a matrix product of another shape may tip a rounding."""
     assert sorted(one) == sorted(other)
     for uid, signal in one.items():
         assert np.array_equal(signal.token_ids, other[uid].token_ids)
-        np.testing.assert_allclose(signal.token_logprobs, other[uid].token_logprobs, rtol=2e-3, atol=1e-4)
-        np.testing.assert_allclose(signal.logprobs, other[uid].logprobs, rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(signal.token_logprobs, other[uid].token_logprobs, atol=2 * STORED)
+        np.testing.assert_allclose(signal.logprobs, other[uid].logprobs, atol=2 * STORED)
 
 
 def test_kept_traces_are_scored_as_a_student_would_be_trained_on_them(store: Path) -> None:
@@ -114,8 +117,8 @@ def test_kept_traces_are_scored_as_a_student_would_be_trained_on_them(store: Pat
             logits = engine.model(input_ids=torch.tensor(example.input_ids[None])).logits[0].float()
         truth = torch.log_softmax(logits, -1)[trained - 1].numpy()
         expected = truth[np.arange(len(signal)), signal.token_ids]
-        np.testing.assert_allclose(signal.token_logprobs, expected, rtol=2e-3, atol=1e-4)
-        np.testing.assert_allclose(signal.logprobs, -np.sort(-truth, -1)[:, :5], rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(signal.token_logprobs, expected, atol=STORED)
+        np.testing.assert_allclose(signal.logprobs, -np.sort(-truth, -1)[:, :5], atol=STORED)
         flops += forward_flops(engine.config, len(example), len(example) / 2)
         tokens += len(trained)
     assert (result["flops"], result["tokens"]) == (pytest.approx(flops), tokens)

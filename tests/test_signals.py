@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import RunError, UserError
-from distill.signal_bits import _read_elias_fano as read_elias_fano
-from distill.signal_bits import dequantise, elias_fano, pack, quantisation_error, quantise, unpack
 from distill.signals import SignalReader, SignalSpec, SignalWriter, TokenSignal, signal_stream
 
 VOCABULARIES = (2, 259, 131_073, 151_936, 2**31 - 1, 2**31)
 WHOSE: dict[str, Any] = {"vocab_size": 259, "teacher": "nano@0123", "tokenizer": "feed"}
 TOP, SAMPLED = SignalSpec("top", 4), SignalSpec("sampled", 7)
+ARRAYS = ("token_ids", "token_logprobs", "ids", "logprobs", "counts", "tail")
 
 
 def make_signal(rng: np.random.Generator, tokens: int, spec: SignalSpec, vocab_size: int) -> TokenSignal:
@@ -38,7 +38,8 @@ def make_signal(rng: np.random.Generator, tokens: int, spec: SignalSpec, vocab_s
             chosen[-1:] = vocab_size - 1  # the sets' far end
         width = len(chosen)
         weights = rng.exponential(1.0, width) ** rng.choice([0.0, 1.0, 20.0])
-        shares = np.log(weights / max(weights.sum(), 1e-300)) + math.log(rng.choice([0.5, 0.999999]))
+        kept = 1.0 if width == vocab_size else rng.choice([0.5, 0.999999])
+        shares = np.log(weights / max(weights.sum(), 1e-300)) + math.log(kept)
         shares = np.maximum(shares, -900).astype(np.float32)
         order = np.lexsort((chosen, -shares))
         ids[row, :width], logprobs[row, :width] = chosen[order], shares[order]
@@ -50,31 +51,47 @@ def make_signal(rng: np.random.Generator, tokens: int, spec: SignalSpec, vocab_s
         if not inside and outside in chosen:
             inside, place = True, int(np.flatnonzero(ids[row] == outside)[0])
         token_ids[row] = ids[row, place] if inside else outside
-        token_logprobs[row] = logprobs[row, place] if inside else -rng.exponential(50.0)
+        token_logprobs[row] = logprobs[row, place] if inside else rng.choice([-rng.exponential(50.0), -np.inf])
     return TokenSignal(token_ids, token_logprobs, ids, logprobs, counts if spec.kind == "sampled" else None)
 
 
-def assert_stored(found: TokenSignal, written: TokenSignal) -> None:
-    """Everything is exact but the log-probabilities, which are within the bound; the order may change among equals."""
+def assert_stored(found: TokenSignal, written: TokenSignal, spec: SignalSpec, vocab_size: int = 259) -> None:
+    """Ids and counts are exact, the rest is within the bound; the order may change among outcomes about as likely."""
     assert np.array_equal(found.token_ids, written.token_ids)
-    bound = quantisation_error(written.token_logprobs)
-    assert (np.abs(found.token_logprobs - written.token_logprobs) <= bound).all()
-    assert found.ids.shape[1] == max((written.ids >= 0).sum(-1), default=0)
-    for row in range(len(written)):
-        kept = {int(i): place for place, i in enumerate(written.ids[row]) if i >= 0}
-        there = {int(i): place for place, i in enumerate(found.ids[row]) if i >= 0}
-        assert set(there) == set(kept)
-        for token, place in there.items():
-            before = written.logprobs[row, kept[token]]
-            assert abs(found.logprobs[row, place] - before) <= quantisation_error(before)
-            if written.counts is not None and found.counts is not None:
-                assert found.counts[row, place] == written.counts[row, kept[token]]
-    assert (found.counts is None) == (written.counts is None)
+    width = found.ids.shape[1]
+    assert width == max((written.ids >= 0).sum(-1), default=0)
+    assert (found.logprobs is not None) == (found.tail is not None) == (found.token_logprobs is not None)
+    assert (found.logprobs is not None) == spec.logprobs
+    assert (found.counts is not None) == (spec.kind == "sampled")
+
+    def both(name: str) -> list[np.ndarray]:
+        """What was written and what was found, by id."""
+        orders = [(signal, np.argsort(signal.ids, axis=-1)) for signal in (written, found)]
+        return [
+            np.take_along_axis(getattr(signal, name), order, -1)[:, order.shape[1] - width :]
+            for signal, order in orders
+        ]
+
+    assert np.array_equal(*both("ids"))
+    if found.counts is not None:
+        assert np.array_equal(*both("counts"))
+    if spec.logprobs:
+        assert_near(*both("logprobs"), spec.error)
+        assert_near(written.token_logprobs, found.token_logprobs, spec.error)
+        left = np.where((written.ids >= 0).sum(-1) < vocab_size, written.tail, -np.inf)
+        assert_near(left, found.tail, 1 / (8 * spec.resolution))
+
+
+def assert_near(written: np.ndarray, found: np.ndarray, error: float) -> None:
+    """Within the error and what float32 rounds off, -inf where it was."""
+    assert np.array_equal(np.isneginf(written), np.isneginf(found))
+    some = ~np.isneginf(written)
+    differences = np.abs(written[some].astype(np.float64) - found[some])
+    assert (differences <= error * (1 + 1e-6) - 2.0**-22 * written[some]).all()
 
 
 def same(one: TokenSignal, other: TokenSignal) -> bool:
-    names = ("token_ids", "token_logprobs", "ids", "logprobs", "counts")
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
 
 
 def fill(folder: Path, spec: SignalSpec, lengths: list[int], **changed: Any) -> dict[str, TokenSignal]:
@@ -87,11 +104,15 @@ def fill(folder: Path, spec: SignalSpec, lengths: list[int], **changed: Any) -> 
             writer.append(uid, signal)
     reader = SignalReader(folder)
     for uid, signal in written.items():
-        assert_stored(reader[uid], signal)
+        assert_stored(reader[uid], signal, spec)
     return {uid: reader[uid] for uid in reader.uids}
 
 
-specs = st.builds(SignalSpec, st.sampled_from(["top", "sampled"]), st.integers(1, 20))
+resolutions = st.sampled_from([1, 16, 1024])
+specs = st.one_of(
+    st.builds(SignalSpec, st.just("top"), st.integers(1, 20), resolution=resolutions),
+    st.builds(SignalSpec, st.just("sampled"), st.integers(1, 20), st.booleans(), resolutions),
+)
 
 
 @settings(max_examples=60)
@@ -99,7 +120,7 @@ specs = st.builds(SignalSpec, st.sampled_from(["top", "sampled"]), st.integers(1
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, spec: SignalSpec, vocab_size: int, lengths: list[int], seed: int
 ) -> None:
-    """Any shape, vocabulary and kind; a second writing of what was read changes nothing more."""
+    """Any shape, vocabulary, kind and resolution; what was read can be written again."""
     folder = tmp_path_factory.mktemp("signals")
     whose = {**WHOSE, "vocab_size": vocab_size}
     rng = np.random.default_rng(seed)
@@ -108,14 +129,15 @@ def test_what_is_written_is_read(
         sizes = [writer.append(uid, signal) for uid, signal in written.items()]
         reader = SignalReader(folder / "once")
         for uid, signal in written.items():
-            assert_stored(reader[uid], signal)
+            assert_stored(reader[uid], signal, spec, vocab_size)
             again.append(uid, reader[uid])
         assert sum(sizes) == (folder / "once" / "records.bin").stat().st_size
     assert (reader.uids, len(reader), reader.spec, reader.vocab_size) == ([*written], len(written), spec, vocab_size)
     assert (reader.teacher, reader.tokenizer) == (WHOSE["teacher"], WHOSE["tokenizer"])
     reader.verify()
     second = SignalReader(folder / "again")
-    assert all(same(reader[uid], second[uid]) for uid in written)
+    for uid in written:
+        assert_stored(second[uid], reader[uid], spec, vocab_size)
 
 
 @settings(max_examples=30)
@@ -134,88 +156,116 @@ def test_gathering_is_padding_what_is_read_one_by_one(
     assert batch.lengths.tolist() == lengths[::-1]
     width = max((each.ids.shape[1] for each in singles), default=0)
     assert batch.ids.shape == (len(lengths), max(lengths, default=0), width)
-    assert (batch.counts is not None) == (spec.kind == "sampled")
-    for row, single in enumerate(singles):
-        size, wide = len(single), single.ids.shape[1]
-        assert np.array_equal(batch.token_ids[row, :size], single.token_ids)
-        assert np.array_equal(batch.token_logprobs[row, :size], single.token_logprobs)
-        assert np.array_equal(batch.ids[row, :size, :wide], single.ids)
-        assert np.array_equal(batch.logprobs[row, :size, :wide], single.logprobs)
-        assert (batch.token_ids[row, size:] == -1).all()
-        assert (batch.ids[row, size:] == -1).all()
-        assert (batch.ids[row, :, wide:] == -1).all()
-        assert np.isneginf(batch.logprobs[row, size:]).all()
-        if batch.counts is not None and single.counts is not None:
-            assert np.array_equal(batch.counts[row, :size, :wide], single.counts)
-            assert batch.counts[row].sum() == size * spec.size
+    empty = {"token_ids": -1, "token_logprobs": -np.inf, "ids": -1, "logprobs": -np.inf, "counts": 0, "tail": 0}
+    for name, padding in empty.items():
+        padded = getattr(batch, name)
+        absent = spec.kind == "top" if name == "counts" else "ids" not in name and not spec.logprobs
+        assert (padded is None) == absent
+        for row, single in enumerate([] if absent else singles):
+            alone = getattr(single, name)
+            assert padded.dtype == alone.dtype
+            within = tuple(slice(size) for size in alone.shape)
+            assert np.array_equal(padded[row][within], alone)
+            beyond = np.ones(padded[row].shape, bool)
+            beyond[within] = False
+            assert (padded[row][beyond] == padding).all()
 
 
-def test_the_error_of_storing_a_log_probability() -> None:
-    """The bound holds everywhere and the figures of the docstring are true, and not twice too large."""
-    values = -np.concatenate([np.geomspace(1e-12, 1024, 400_000), np.linspace(0, 30, 400_000), [0.0]])
-    values = values.astype(np.float32)
-    found = np.abs(dequantise(quantise(values)).astype(np.float64) - values)
-    assert (found <= quantisation_error(values)).all()
-    for probability, figure in ((-1.0, 1.8e-4), (-10.0, 1.0e-3), (-1e-4, 2e-7)):
-        near = np.linspace(probability * 1.02, probability, 20_000)
-        error = np.abs(dequantise(quantise(near)) - near).max()
-        assert error <= figure
-        assert error > 0.45 * figure
-    assert (np.diff(quantise(np.sort(values)).astype(int)) <= 0).all()
-    assert np.array_equal(quantise(dequantise(np.arange(65536, dtype=np.uint16))), np.arange(65536))
-    edges = np.array([0.0, -np.inf, -1024.0, -1e30, 1e-6], np.float32)
-    assert dequantise(quantise(edges)).tolist() == [0.0, -math.inf, -1024.0, -1024.0, 0.0]
+@pytest.mark.parametrize("resolution", [1, 16, 1024])
+def test_the_error_of_storing_a_log_probability(tmp_path: Path, resolution: int) -> None:
+    """The bound of `SignalSpec.error` holds, is not twice too large, and the mean is about a quarter of a step."""
+    rng, spec = np.random.default_rng(0), SignalSpec("top", 8, resolution=resolution)
+    weights = rng.dirichlet(np.full(200, 0.3), 4000) + 1e-9
+    logprobs = np.sort(np.log(weights / weights.sum(-1, keepdims=True)))[:, ::-1][:, :8].astype(np.float32)
+    ids = np.tile(np.arange(8), (4000, 1))
+    signal = TokenSignal(np.zeros(4000), logprobs[:, 0], ids, logprobs)
+    with SignalWriter(tmp_path, spec, **WHOSE) as writer:
+        writer.append("uid", signal)
+    found = SignalReader(tmp_path)["uid"]
+    by_id = np.take_along_axis(found.logprobs, np.argsort(found.ids, -1), -1).astype(np.float64)
+    errors = np.abs(by_id - logprobs)
+    assert 0.5 * spec.error < errors.max() <= spec.error * (1 + 1e-6) + 1e-5
+    assert errors.mean() == pytest.approx(0.27 / resolution, rel=0.2)
 
 
-def test_what_the_outcomes_leave_over_survives() -> None:
-    """The tail of a confident teacher is 1 - its first probability: 1e-6 is still 1e-6 within half a percent."""
-    for tail in (1e-2, 1e-4, 1e-6):
-        stored = dequantise(quantise(np.array([math.log1p(-tail)], np.float32))).astype(np.float64)
-        assert -math.expm1(stored[0]) == pytest.approx(tail, rel=0.06 if tail == 1e-6 else 5e-3)
+@pytest.mark.parametrize("tail", [0.9999999, 0.5, 1e-2, 1e-4, 1e-6, 0.0])
+@pytest.mark.parametrize("resolution", [4, 16])
+def test_what_the_outcomes_leave_over_survives(tmp_path: Path, tail: float, resolution: int) -> None:
+    """However coarse the steps are: the rest of a confident teacher, and the part that is kept of an unsure one."""
+    spec = SignalSpec("top", 3, resolution=resolution)
+    shares = np.array([[0.97, 0.02999, 0.00001], [0.5, 0.3, 0.2], [1, 0, 0]]) * (1 - tail)
+    ids = np.array([[3, 2, 1], [3, 2, 1], [3, -1, -1]])
+    with np.errstate(divide="ignore"):
+        logprobs, left = np.log(shares), np.full(3, np.log(tail))
+    with SignalWriter(tmp_path, spec, **WHOSE) as writer:
+        writer.append("uid", TokenSignal(np.full(3, 3), logprobs[:, 0], ids, logprobs, tail=left))
+    batch = SignalReader(tmp_path).gather(["uid"])
+    rest, kept = np.exp(batch.tail[0].astype(np.float64)), np.exp(batch.logprobs[0].astype(np.float64)).sum(-1)
+    assert rest == pytest.approx(np.full(3, tail), rel=1 / (8 * resolution) + 1e-5)
+    assert kept == pytest.approx(np.full(3, 1 - tail), rel=1 / (8 * resolution) + 1e-5)
+    assert kept + rest == pytest.approx(np.ones(3), abs=1e-6)
 
 
-@given(st.integers(0, 57), st.lists(st.integers(0, 2**57 - 1), max_size=50))
-def test_packed_bits(width: int, numbers: list[int]) -> None:
-    values = np.array([number % 2**width for number in numbers], np.int64)
-    packed = np.frombuffer(pack(values, width), np.uint8)
-    assert len(packed) == math.ceil(len(values) * width / 8)
-    assert unpack(packed, len(values), width).tolist() == values.tolist()
+def test_a_whole_vocabulary_leaves_nothing_over(tmp_path: Path) -> None:
+    """Though in float32 its probabilities do not quite add up to 1: a student gives the rest no probability at all."""
+    logprobs = np.log([[0.7, 0.2, 0.0999], [0.6, 0.3, 0.05]])
+    signal = TokenSignal([1, 2], logprobs[[0, 1], [1, 2]], [[0, 1, 2], [0, 1, 2]], logprobs)
+    for vocab_size, left in ((3, [-np.inf, math.log(0.05)]), (4, [math.log(0.0001), math.log(0.05)])):
+        folder = tmp_path / str(vocab_size)
+        with SignalWriter(folder, SignalSpec("top", 3), **{**WHOSE, "vocab_size": vocab_size}) as writer:
+            writer.append("uid", signal)
+        assert SignalReader(folder)["uid"].tail == pytest.approx(left, abs=0.01)
 
 
-@given(st.lists(st.integers(0, 2**48), max_size=60), st.integers(1, 2**48))
-def test_elias_fano(values: list[int], slack: int) -> None:
-    """Any sorted sequence, repetitions too, comes back, and takes at most 2 + log2(universe / n) bits a number."""
-    ordered = np.array(sorted(values), np.int64)
-    universe = max(values, default=0) + slack
-    code = np.frombuffer(elias_fano(ordered, universe), np.uint8)
-    found, rest = read_elias_fano(code, len(ordered), universe)
-    assert found.tolist() == ordered.tolist()
-    assert not len(rest)
-    if values:
-        assert len(code) * 8 <= len(values) * (2 + max(0.0, math.log2(universe / len(values)))) + 16
+def test_extremes_of_a_log_probability(tmp_path: Path) -> None:
+    """Below -1024 nats all is one; an own token that cannot be stays so; a row of nothing leaves everything over."""
+    lowest = [[-1e-9, -1500.0, -1e30], [-2000.0, -3000.0, -np.inf], [-np.inf] * 3]
+    ids = [[5, 3, 2], [3, 1, -1], [-1, -1, -1]]
+    signal = TokenSignal([7, 3, 7], [-np.inf, -2000.0, -1e9], ids, lowest)
+    with SignalWriter(tmp_path, SignalSpec("top", 3), **WHOSE) as writer:
+        writer.append("uid", signal)
+    found = SignalReader(tmp_path)["uid"]
+    assert found.token_logprobs.tolist() == [-math.inf, pytest.approx(-1024, abs=1), -1024]
+    assert found.tail[1:].tolist() == [0, 0]
+    assert found.ids.tolist() == [[5, 2, 3], [1, 3, -1], [-1, -1, -1]]
+    assert found.logprobs[0].tolist() == [pytest.approx(0, abs=1e-8), -1024, -1024]
+    assert found.logprobs[1, :2] == pytest.approx(-1024, abs=1)
 
 
-@pytest.mark.parametrize(("count", "vocab_size"), [(8, 151_936), (12, 151_936), (50, 151_936), (12, 49_152)])
-def test_ids_take_hardly_more_than_any_code_of_sets_must(count: int, vocab_size: int) -> None:
-    rng, tokens = np.random.default_rng(0), 300
-    joined = [row * vocab_size + np.sort(rng.choice(vocab_size, count, replace=False)) for row in range(tokens)]
-    bits = len(elias_fano(np.concatenate(joined), tokens * vocab_size)) * 8 / tokens
-    bound = math.log2(math.comb(vocab_size, count))
-    assert bound < bits < bound + count
-    assert bits < 0.93 * count * math.ceil(math.log2(vocab_size))
+def as_in_text(rng: np.random.Generator, tokens: int, count: int, vocab_size: int) -> np.ndarray:
+    """Return a set of ids per token (T, K) whose frequencies fall like those of words."""
+    keys = rng.gumbel(size=(tokens, vocab_size)) - 1.3 * np.log(np.arange(vocab_size) + 3.0)
+    return rng.permutation(vocab_size)[np.argpartition(-keys, count)[:, :count]]
 
 
-def test_bytes_per_token_of_the_eight_most_likely(tmp_path: Path) -> None:
-    """Half of what float32 and int32 take, when nine of ten tokens are among the eight (V = 151936)."""
-    rng, spec = np.random.default_rng(0), SignalSpec("top", 8)
-    ids = np.stack([rng.choice(151_936, 8, replace=False) for _ in range(500)])
-    logprobs = np.sort(np.log(rng.dirichlet(np.full(9, 0.3), 500)[:, :8]))[:, ::-1]
-    own = np.where(rng.random(500) < 0.9, 0, -1)
-    token_ids = np.where(own == 0, ids[:, 0], (ids.max(-1) + 1) % 151_936)
-    signal = TokenSignal(token_ids, np.where(own == 0, logprobs[:, 0], -9.0), ids, np.maximum(logprobs, -99.0))
-    with SignalWriter(tmp_path, spec, **{**WHOSE, "vocab_size": 151_936}) as writer:
+@pytest.mark.parametrize(("count", "vocab_size"), [(8, 30_000), (50, 30_000), (12, 151_936)])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_ids_take_fewer_bytes_than_a_code_of_arbitrary_sets(
+    tmp_path: Path, count: int, vocab_size: int, uniform: bool
+) -> None:
+    """Less than the sets' information where ids come back as words do; hardly more where none ever does."""
+    rng, tokens = np.random.default_rng(0), 100
+    drawn = [rng.choice(vocab_size, count, replace=False) for _ in range(tokens)] if uniform else None
+    ids = np.sort(np.stack(drawn) if drawn else as_in_text(rng, tokens, count, vocab_size))
+    signal = TokenSignal(ids[:, 0], None, ids, None, np.ones_like(ids))
+    spec, whose = SignalSpec("sampled", count, logprobs=False), {**WHOSE, "vocab_size": vocab_size}
+    with SignalWriter(tmp_path, spec, **whose) as writer:
         size = writer.append("uid", signal)
-    assert size / 500 < 33.5
+    assert np.array_equal(SignalReader(tmp_path)["uid"].ids, ids)
+    bound = tokens * math.log2(math.comb(vocab_size, count)) / 8
+    counts_and_own, head = tokens * count / 8, 40
+    assert size <= (1.18 if uniform else 0.9) * bound + counts_and_own + head
+
+
+def test_draws_take_less_without_log_probabilities(tmp_path: Path) -> None:
+    """What is captured has them all the same: the folder keeps what it was made for."""
+    signal, sizes = make_signal(np.random.default_rng(0), 300, SAMPLED, 259), []
+    for number, logprobs in enumerate((True, False)):
+        spec = SignalSpec("sampled", 7, logprobs=logprobs)
+        with SignalWriter(tmp_path / str(number), spec, **WHOSE) as writer:
+            sizes.append(writer.append("uid", signal))
+        assert_stored(SignalReader(tmp_path / str(number))["uid"], signal, spec)
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 def test_a_torn_record_is_cut_off_and_only_it(tmp_path: Path) -> None:
@@ -261,10 +311,10 @@ def test_the_last_record_of_a_trace_counts(tmp_path: Path) -> None:
         writer.append("a", second)
     reader = SignalReader(tmp_path)
     assert reader.uids == ["a", "b"]
-    assert_stored(reader["a"], second)
+    assert_stored(reader["a"], second, TOP)
     reader.verify()
     (tmp_path / "index.json").unlink()
-    assert_stored(SignalReader(tmp_path)["a"], second)
+    assert_stored(SignalReader(tmp_path)["a"], second, TOP)
 
 
 def test_the_index_is_made_anew_when_missing_behind_or_damaged(tmp_path: Path) -> None:
@@ -330,6 +380,7 @@ def test_a_damaged_record_is_named_and_its_neighbours_are_read(tmp_path: Path) -
     [
         (SignalSpec("top", 5), {}),
         (SignalSpec("sampled", 4), {}),
+        (SignalSpec("top", 4, resolution=32), {}),
         (TOP, {"vocab_size": 260}),
         (TOP, {"teacher": "another"}),
         (TOP, {"tokenizer": "beef"}),
@@ -339,7 +390,9 @@ def test_a_folder_holds_one_kind_of_numbers(tmp_path: Path, spec: SignalSpec, ch
     """What differs is named, and nothing is touched; a folder that holds nothing yet may be bound anew."""
     fill(tmp_path / "used", TOP, [3])
     before = {path.name: path.read_bytes() for path in (tmp_path / "used").iterdir()}
-    differing = next(iter(changed), "kind" if spec.kind == "sampled" else "size")
+    differing = next(
+        iter(changed), next((name for name, value in asdict(TOP).items() if getattr(spec, name) != value), "")
+    )
     with pytest.raises(UserError, match=rf"holds other numbers \({differing} is .* there and .* here\).*--out"):
         SignalWriter(tmp_path / "used", spec, **{**WHOSE, **changed})
     assert {path.name: path.read_bytes() for path in (tmp_path / "used").iterdir()} == before
@@ -361,7 +414,7 @@ def test_reading_while_it_is_written(tmp_path: Path) -> None:
         reader = SignalReader(tmp_path)
         writer.append("b", signal)
         assert reader.uids == ["a"]
-        assert_stored(reader["a"], signal)
+        assert_stored(reader["a"], signal, TOP)
         assert SignalReader(tmp_path).uids == ["a", "b"]
 
 
@@ -373,18 +426,24 @@ def test_what_is_no_folder_of_signals_is_refused(tmp_path: Path) -> None:
         SignalWriter(tmp_path / "file" / "signal", TOP, **WHOSE)
     with pytest.raises(UserError, match=r"1 to 2\^31 tokens"):
         SignalWriter(tmp_path / "wide", TOP, **{**WHOSE, "vocab_size": 2**31 + 1})
-    for wrong in (("top", 0), ("best", 3), ("sampled", True)):
+    invalid = (("top", 3, False), ("top", 3, True, 0), ("top", 3, True, 1025), ("top", 3, True, 2.5))
+    for wrong in (("top", 0), ("best", 3), ("sampled", True), *invalid):
         with pytest.raises(UserError):
             SignalSpec(*wrong)  # type: ignore[arg-type]
 
 
-def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.signals.FORMAT", 2)
-    monkeypatch.setattr("distill.signal_folder.FORMAT", 2)
+@pytest.mark.parametrize(("other", "remedy"), [(1, "remove .* and score the traces again"), (3, "update distill")])
+def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: int, remedy: str) -> None:
     fill(tmp_path, TOP, [3])
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="format 2, this version reads 1"):
+    monkeypatch.setattr("distill.signal_folder.FORMAT", other)
+    with pytest.raises(UserError, match=f"format 2, this version reads {other}"):
         SignalReader(tmp_path)
+    monkeypatch.setattr("distill.signals.FORMAT", other)
+    fill(tmp_path / "other", TOP, [3])
+    monkeypatch.undo()
+    for opened in (SignalReader, lambda folder: SignalWriter(folder, TOP, **WHOSE)):
+        with pytest.raises(UserError, match=f"format {other}, this version reads 2: {remedy}"):
+            opened(tmp_path / "other")
 
 
 def test_a_full_disk_costs_the_record_that_did_not_fit(tmp_path: Path) -> None:
@@ -406,8 +465,8 @@ def test_a_full_disk_costs_the_record_that_did_not_fit(tmp_path: Path) -> None:
     writer.close()
     reader = SignalReader(tmp_path)
     reader.verify()
-    assert_stored(reader["small"], small)
-    assert_stored(reader["large"], large)
+    assert_stored(reader["small"], small, TOP)
+    assert_stored(reader["large"], large, TOP)
 
 
 def _valid() -> dict[str, Any]:
@@ -439,6 +498,11 @@ def _valid() -> dict[str, Any]:
         ({"ids": [[5, 5], [4, -1]]}, "there twice"),
         ({"counts": [[2, 0], [3, 0]]}, "count of 0"),
         ({"token_logprobs": [-0.7, -7.0]}, "another log-probability"),
+        ({"token_logprobs": None}, "without these"),
+        ({"logprobs": None}, "without these"),
+        ({"logprobs": None, "token_logprobs": None, "counts": None}, "a number of each id"),
+        ({"logprobs": None, "token_logprobs": None, "counts": [[1, 2], [3, 0]]}, "not sorted"),
+        ({"tail": [-2.0, -9.0]}, "do not add up to 1"),
     ],
 )
 def test_numbers_that_are_no_signal_are_refused(changes: dict[str, Any], fault: str) -> None:
@@ -453,6 +517,7 @@ def test_a_signal_of_another_kind_is_refused(tmp_path: Path) -> None:
         for writer, signal, fault in (
             (top, make_signal(rng, 3, SAMPLED, 259), "other kind"),
             (sampled, make_signal(rng, 3, TOP, 259), "other kind"),
+            (sampled, TokenSignal([1], None, [[3]], None, [[7]]), "has none"),
             (top, make_signal(rng, 30, SignalSpec("top", 9), 259), "more than 4 outcomes"),
             (sampled, make_signal(rng, 3, SignalSpec("sampled", 6), 259), "add up to 7"),
             (top, make_signal(rng, 30, TOP, 300), r"token id 2\d\d in a vocabulary of 259"),

@@ -8,22 +8,25 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from distill.batch import collate
 from distill.callbacks import keep_until
 from distill.checkpoints import last_checkpoint
 from distill.config import TrainConfig
-from distill.dataset import load_examples
 from distill.errors import RunError, UserError
 from distill.losses import LOSSES
+from distill.objective import loss_options, loss_weights, needs
 from distill.render import Example
 from distill.run_folder import open_run
-from distill.train import run_training, training_arguments
+from distill.train import run_training
 from distill.trainer import DistillTrainer
+from distill.training_arguments import training_arguments
 
 ROOT = Path(__file__).parent.parent
 MODES = pytest.mark.parametrize("mode", [name.replace("_", "-") for name in LOSSES])
@@ -51,9 +54,11 @@ def data(write_jsonl) -> Path:
 def recipe(data, tmp_path):
     """Build a recipe: small, and in a folder of its own."""
 
-    def make(mode: str = "hard-labels", out: str = "run", **overrides) -> TrainConfig:
+    def make(mode: str | None = "hard-labels", out: str = "run", **overrides) -> TrainConfig:
         settings = {"learning_rate": 3e-3, "max_steps": 6, "save_steps": 2, "logging_steps": 2, "max_length": 256}
-        teacher = "teacher" if mode == "soft-logits" else None
+        settings["max_completion_length"] = 40
+        weights = loss_weights(TrainConfig(student="", data="", out="", mode=mode, loss=overrides.get("loss")))
+        teacher = "teacher" if needs(weights) & {"teacher", "teacher_logits"} else None
         values = {"student": "tiny", "data": data, "out": tmp_path / out, "teacher": teacher, **settings, **overrides}
         return TrainConfig(mode=mode, **values)
 
@@ -71,6 +76,11 @@ def train(make_model, tokenizer):
         return run, student
 
     return go
+
+
+def comparable(line: dict) -> dict:
+    """A line of metrics without what is measured on a few rows of each forward pass."""
+    return {name: value for name, value in line.items() if name != "top_k_overlap"}
 
 
 def metrics(out: Path) -> list[dict]:
@@ -97,7 +107,7 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(recipe, train, mode
         for key, value in trained[4][0].items():
             torch.testing.assert_close(trained[size][0][key], value, atol=1e-6, rtol=1e-4)
         for ours, whole in zip(trained[size][1], trained[4][1], strict=True):
-            assert ours == pytest.approx(whole, rel=1e-4, abs=1e-5)
+            assert comparable(ours) == pytest.approx(comparable(whole), rel=1e-4, abs=1e-5)
         assert trained[size][2] == trained[4][2]
 
 
@@ -135,6 +145,7 @@ def test_the_logged_loss_and_gradient_are_per_trained_token_of_the_whole_step(ma
         model,
         args=training_arguments(config),
         train_dataset=examples,
+        collate=partial(collate, pad_id=0),
         processing_class=tokenizer,
         loss="hard_labels",
     )
@@ -167,11 +178,17 @@ run_training(config, model=tiny_model("llama"), tokenizer=byte_tokenizer(), teac
 """
 
 
-def test_two_ranks_take_the_steps_of_one(recipe, train, tmp_path):
-    settings = {"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "logging_steps": 1}
-    one, two = (
-        recipe("soft-logits", out=f"ranks{4 // size}", per_device_train_batch_size=size, **settings) for size in (4, 2)
-    )
+MIXED = "features=1,relations=0.5,hard_labels=0.1"
+
+
+@pytest.mark.parametrize(
+    "learnt",
+    [{"mode": "soft-logits"}, {"mode": None, "loss": MIXED}, {"mode": "on-policy"}],
+    ids=["soft-logits", "projectors", "on-policy"],
+)
+def test_two_ranks_take_the_steps_of_one(recipe, train, tmp_path, learnt):
+    settings = {"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, **learnt}
+    one, two = (recipe(out=f"ranks{4 // size}", per_device_train_batch_size=size, **settings) for size in (4, 2))
     (tmp_path / "recipe.json").write_text(two.model_dump_json())
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -185,7 +202,7 @@ def test_two_ranks_take_the_steps_of_one(recipe, train, tmp_path):
     for key, value in load_file(two.out / "model.safetensors").items():
         torch.testing.assert_close(value, student.state_dict()[key], atol=1e-6, rtol=1e-4)
     for ours, whole in zip(metrics(two.out), metrics(one.out), strict=True):
-        assert ours == pytest.approx(whole, rel=1e-4)
+        assert comparable(ours) == pytest.approx(comparable(whole), rel=1e-4)
     assert json.loads((two.out / "run.json").read_text())["ledger"]["flops"] == run["ledger"]["flops"]
 
 
@@ -278,10 +295,15 @@ def start(config: TrainConfig, code: str = CHILD) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(recipe):
+@pytest.mark.parametrize(
+    "learnt",
+    [{"mode": "soft-logits"}, {"mode": None, "loss": MIXED}, {"mode": "on-policy", "student_share": 0.6}],
+    ids=["soft-logits", "projectors", "on-policy"],
+)
+def test_a_killed_run_resumes_to_the_same_bytes(recipe, learnt):
     settings = {"max_steps": 30, "save_steps": 7, "logging_steps": 4, "per_device_train_batch_size": 2}
-    settings |= {"gradient_accumulation_steps": 2, "warmup_steps": 3}
-    whole, killed = (recipe("soft-logits", out=name, **settings) for name in ("whole", "killed"))
+    settings |= {"gradient_accumulation_steps": 2, "warmup_steps": 3, **learnt}
+    whole, killed = (recipe(out=name, **settings) for name in ("whole", "killed"))
     uninterrupted, victim = start(whole), start(killed)
     deadline = time.monotonic() + 120
     while last_checkpoint(killed.out / "checkpoints") is None and time.monotonic() < deadline:
@@ -297,7 +319,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(recipe):
     resumed = start(killed.model_copy(update={"resume": True}))
     said = resumed.communicate()[1]
     assert resumed.returncode == 0, said
-    for name in ("metrics.jsonl", "model.safetensors"):
+    projectors = ["beside/projectors.safetensors"] if "features" in str(learnt) else []
+    for name in ("metrics.jsonl", "model.safetensors", *projectors):
         assert (killed.out / name).read_bytes() == (whole.out / name).read_bytes(), name
     ledgers = [json.loads((out / "run.json").read_text())["ledger"] for out in (whole.out, killed.out)]
     assert ledgers[0]["tokens"] == ledgers[1]["tokens"]
@@ -410,78 +433,9 @@ def test_soft_logits_without_a_teacher_or_with_another_vocabulary_is_refused(
     assert not config.out.exists()
 
 
-def test_overlong_sequences_are_counted_and_refused_or_dropped(tokenizer, write_jsonl):
-    lines = rows(6)
-    lines[2]["messages"][1]["content"] = "x" * 300
-    path = write_jsonl("long.jsonl", lines)
-    with pytest.raises(
-        UserError, match=r"1 of 6 sequences are longer than 200 tokens .*longest has 3\d\d.*line 3.*drop"
-    ):
-        load_examples(path, tokenizer, max_length=200)
-    dataset = load_examples(path, tokenizer, max_length=200, overlong="drop")
-    assert (len(dataset.examples), dataset.dropped) == (5, 1)
-    with pytest.raises(UserError, match="6 of 6"):
-        load_examples(path, tokenizer, max_length=10, overlong="drop")
-    assert len(load_examples(path, tokenizer, limit=2).examples) == 2
-
-
 def test_a_length_beyond_the_models_positions_is_refused(recipe, train):
     with pytest.raises(UserError, match="--max-length 1000 is above the 512 positions"):
         train(recipe(max_length=1000))
-
-
-def test_all_accepted_shapes_of_a_row_give_the_same_tokens(tokenizer, write_jsonl, tmp_path):
-    ask, answer = rows(1)[0]["messages"]
-    shapes = [
-        {"messages": [ask, answer]},
-        {"prompt": [ask], "completion": [answer]},
-        {"prompt": [ask], "completion": answer["content"]},
-        {"prompt": ask["content"], "completion": [answer]},
-        {"messages": [ask], "completion": answer["content"]},  # a line of traces.jsonl
-    ]
-    dataset = load_examples(write_jsonl("shapes.jsonl", shapes), tokenizer)
-    assert all(np.array_equal(e.input_ids, dataset.examples[0].input_ids) for e in dataset.examples)
-    plain = load_examples(write_jsonl("plain.jsonl", [{"prompt": "2+2=", "completion": "4"}]), tokenizer).examples[0]
-    assert tokenizer.decode(plain.input_ids) == "2+2=4<|im_end|>"
-    store = tmp_path / "store"
-    store.mkdir()
-    (store / "kept.jsonl").write_text(json.dumps(shapes[0]) + "\n")
-    assert len(load_examples(store, tokenizer).examples) == 1
-
-
-def test_answer_targets_train_the_answer_alone(tokenizer, write_jsonl):
-    path = write_jsonl("data.jsonl", rows(3))
-    for example in load_examples(path, tokenizer, target="answer").examples:
-        assert tokenizer.decode(example.input_ids[example.weights > 0]).startswith("\\boxed{")
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"messages": [', "line 2 is not JSON"),
-        ("[1]", "line 2 must be a JSON object"),
-        ('{"question": "2+2?"}', "line 2: needs the columns 'messages'.*it has: question"),
-        ('{"prompt": "2+2?"}', "line 2: .*'completion' is missing"),
-        ('{"messages": "hello"}', "line 2: messages must be a list"),
-        ('{"messages": [{"role": "user", "content": "2+2?"}]}', "line 2: messages must end with the assistant's turn"),
-        ('{"messages": [{"role": "assistant", "content": null}]}', "line 2: messages must be a list"),
-    ],
-)
-def test_bad_rows_are_refused_by_number(tokenizer, tmp_path, line, said):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps(rows(1)[0]) + "\n" + line + "\n")
-    with pytest.raises(UserError, match=said):
-        load_examples(path, tokenizer)
-
-
-def test_missing_and_empty_data_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        load_examples(tmp_path / "none.jsonl", tokenizer)
-    with pytest.raises(UserError, match=r"no kept\.jsonl"):
-        load_examples(tmp_path, tokenizer)
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(UserError, match="no training rows"):
-        load_examples(tmp_path / "empty.jsonl", tokenizer)
 
 
 def test_bf16_and_gradient_checkpointing_train(recipe, train):
@@ -493,7 +447,7 @@ def test_bf16_and_gradient_checkpointing_train(recipe, train):
 def test_every_recipe_field_that_shapes_training_reaches_transformers(recipe):
     config = recipe(weight_decay=0.1, gradient_accumulation_steps=3, warmup_steps=0.5, seed=7, max_grad_norm=2.0)
     args = training_arguments(config)
-    shared = config.model_dump().keys() & args.to_dict().keys() - {"max_steps"}
+    shared = config.model_dump().keys() & args.to_dict().keys() - {"max_steps", "report_to"}
     assert len(shared) > 10
     for key in shared:
         assert getattr(args, key) == getattr(config, key), key
@@ -504,13 +458,16 @@ def test_set_reaches_transformers_own_settings_and_nothing_else(recipe):
     arguments = training_arguments(recipe(set=["trainer.adam_beta2=0.95", "trainer.neftune_noise_alpha=null"]))
     assert arguments.adam_beta2 == 0.95
     for pair, message in {
-        "adam_beta2=0.95": r"--set takes trainer\.NAME=VALUE",
-        "trainer.adam_beta2": r"--set takes trainer\.NAME=VALUE",
+        "adam_beta2=0.95": r"--set takes SECTION\.NAME=VALUE with a section of trainer, hard_labels",
+        "features.layers=all": r"--set takes SECTION\.NAME=VALUE with a section of trainer, hard_labels",
+        "hard_labels.chunk=3": "did you mean 'chunk_tokens'",
+        "trainer.adam_beta2": r"--set takes SECTION\.NAME=VALUE",
         "trainer.adam_betta2=0.95": "did you mean 'adam_beta2'",
         "trainer.learning_rate=1": "learning_rate is set by distill train itself",
         "trainer.adam_beta2=fast": "adam_beta2 takes a float",
         "trainer.label_smoothing_factor=0.1": "would change nothing here",
         "trainer.eval_steps=5": "would change nothing here",
     }.items():
+        read = training_arguments if pair.startswith("trainer.") else loss_options
         with pytest.raises(UserError, match=message):
-            training_arguments(recipe(set=[pair]))
+            read(recipe(set=[pair]))

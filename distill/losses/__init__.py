@@ -1,7 +1,7 @@
-"""The loss modes: one file each, one line each in `LOSSES`.
+"""The loss modes: one file each, one line each in `LOSSES`; `distill.losses.mixture` adds several up.
 
 A mode is ``f(student, teacher, batch, *, options) -> LossOutput`` where `student` and `teacher` are
-`distill.forward.Forward`; `teacher` is None unless the mode `needs` it. On the command line `_` is written `-`.
+`distill.forward.Forward`; `teacher` is None where no teacher ran. On the command line `_` is written `-`.
 """
 
 from __future__ import annotations
@@ -9,22 +9,51 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distill.losses.base import LossOutput
+from distill.losses.base import Inner, LossOutput
+from distill.losses.features import features, features_inner
 from distill.losses.hard_labels import hard_labels
+from distill.losses.on_policy import on_policy, on_policy_inner
+from distill.losses.relations import relations, relations_inner
 from distill.losses.soft_logits import soft_logits
 
-__all__ = ["LOSSES", "LossMode", "LossOutput", "hard_labels", "soft_logits"]
+__all__ = [
+    "LOSSES",
+    "Inner",
+    "LossMode",
+    "LossOutput",
+    "features",
+    "hard_labels",
+    "on_policy",
+    "relations",
+    "soft_logits",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class LossMode:
-    """A loss function and what it must be given: `needs` may hold `teacher_logits`."""
+    """A loss function and what it must be given.
+
+    Attributes:
+        fn: the mode. Its keyword-only arguments are its options, but for `num_outcomes`, `progress` and `inner`, which
+            the trainer gives to a mode that has them: the tokens of the shared vocabulary, the share of all steps that
+            is done, and what `inner` returned.
+        needs: of `teacher_logits` (the teacher's distribution: a teacher that runs, or its stored signal), `teacher`
+            (a teacher that runs) and `rollouts` (batches that the student writes itself).
+        reads_head: whether the student's output embedding takes part, so that it has a gradient.
+        inner: ``f(student_model, teacher_model, **options) -> Inner``, called once before training with the options
+            that were given, and with `rollouts` where it has that argument.
+    """
 
     fn: Callable[..., LossOutput]
     needs: frozenset[str] = frozenset()
+    reads_head: bool = True
+    inner: Callable[..., Inner] | None = None
 
 
 LOSSES: dict[str, LossMode] = {
     "hard_labels": LossMode(hard_labels),
     "soft_logits": LossMode(soft_logits, needs=frozenset({"teacher_logits"})),
+    "features": LossMode(features, needs=frozenset({"teacher"}), reads_head=False, inner=features_inner),
+    "relations": LossMode(relations, needs=frozenset({"teacher"}), reads_head=False, inner=relations_inner),
+    "on_policy": LossMode(on_policy, needs=frozenset({"teacher", "rollouts"}), inner=on_policy_inner),
 }

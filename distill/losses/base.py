@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill.batch import Batch
-from distill.forward import Forward
+from distill.forward import Capture, Forward
 
 # (student_logits (N, V), teacher_logits (N, V') or None, labels (N,), weights (N,)) -> total (), metrics of sums
 ChunkLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -27,12 +28,29 @@ class LossOutput:
     Attributes:
         total: () the weighted *sum* over trained tokens, in nats, with its graph.
         weight: () the sum of the weights.
-        metrics: name -> () weighted sums over the same tokens, detached.
+        metrics: name -> () weighted sums over the same tokens, or (2,) a sum and the weight it is to be divided by;
+            detached.
     """
 
     total: Tensor
     weight: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """What a mode looks at inside the two models, and what it trains beside the student.
+
+    Attributes:
+        student, teacher: what is captured in a forward pass.
+        modules: the mode's own parameters (projectors), trained with the student and saved beside it; None has none.
+        plan: whatever the mode worked out from the two models, for itself.
+    """
+
+    student: Capture = field(default_factory=Capture)
+    teacher: Capture = field(default_factory=Capture)
+    modules: nn.Module | None = None
+    plan: Any = None
 
 
 def sum_over_chunks(
@@ -65,8 +83,3 @@ def sum_over_chunks(
         for name, value in sums.items():
             metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
     return LossOutput(total, trained.weights.sum(), metrics)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return -log p(label) per row, ``(N, V), (N,) -> (N,)``, over the model's full width."""
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")

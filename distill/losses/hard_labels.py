@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from distill.batch import Batch
 from distill.forward import Forward
-from distill.losses.base import LossOutput, cross_entropy, sum_over_chunks
+from distill.fused import fused_loss
+from distill.losses.base import LossOutput
 
 
-def hard_labels(student: Forward, teacher: Forward | None, batch: Batch, *, chunk_tokens: int = 1024) -> LossOutput:
+def hard_labels(
+    student: Forward, teacher: Forward | None, batch: Batch, *, chunk_tokens: int | None = None
+) -> LossOutput:
     """Return the cross-entropy of the trace's own tokens; the teacher is not asked.
 
-    Metrics (sums): `token_accuracy`, how often the label is the student's most probable token.
+    Metrics (sums): `cross_entropy`; `token_accuracy`, how often no token is likelier to the student than the label.
 
     Args:
-        chunk_tokens: positions projected to the vocabulary at once.
+        chunk_tokens: positions projected to the vocabulary at once; None chooses by bytes.
     """
-
-    def chunk_loss(
-        student_logits: Tensor, _: Tensor | None, labels: Tensor, weights: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        total = (weights * cross_entropy(student_logits, labels)).sum()
-        with torch.no_grad():
-            right = (weights * (student_logits.argmax(-1) == labels)).sum()
-        return total, {"token_accuracy": right}
-
-    return sum_over_chunks(chunk_loss, student, None, batch, chunk_tokens=chunk_tokens)
+    trained = batch.trained()
+    rows = student.hidden[:, :-1][trained.rows]
+    total, metrics = fused_loss(
+        rows, student.head, trained.labels, trained.weights, None, hard_weight=1.0, chunk_tokens=chunk_tokens
+    )
+    return LossOutput(total, trained.weights.sum(), metrics)

@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from distill.errors import UserError
-from distill.forward import Head, read_head, run
+from distill.batch import Batch
+from distill.forward import read_head, run
+from distill.head import Head
 from distill.models import context_length, end_token_ids, load_model, load_tokenizer
 from distill.records import Completion
 from distill.render import render_prompt
@@ -258,7 +260,7 @@ class TransformersEngine:
         rows = [prompt + completion for _, prompt, completion in batch]
         input_ids = torch.tensor([ids + [self.tokenizer.pad_token_id] * (longest - len(ids)) for ids in rows])
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows])
-        hidden = run(self.model, head, input_ids.to(device), mask.to(device)).hidden
+        hidden = run(self.model, head, Batch(input_ids.to(device), mask.to(device), torch.zeros(mask.shape))).hidden
         return [(item[0], self._read(item, row, head, signal)) for item, row in zip(batch, hidden, strict=True)]
 
     def _read(self, item: Item, hidden: torch.Tensor, head: Head, signal: SignalSpec) -> TokenSignal:

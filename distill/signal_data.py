@@ -1,0 +1,93 @@
+"""A teacher's stored numbers as training reads them: for each batch, what it said of exactly the trained tokens.
+
+The folder (`distill.signals`) is memory-mapped, and nothing is read before a batch needs it: the numbers of a run may
+be larger than memory. `distill.dataset` asks for a trace's tokens, so that the student is trained on those that the
+numbers belong to; `distill.batch.collate` asks for the rows. An object of this module goes to a data loader's workers
+by its path: each opens the folder for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill.batch import TeacherRows
+from distill.errors import RunError, UserError
+from distill.models import fingerprint
+from distill.render import Example
+from distill.signals import SignalReader
+
+
+class SignalData:
+    """A folder of signals, for a student of the tokenizer that its ids belong to."""
+
+    def __init__(self, folder: Path, tokenizer: Any, *, num_outcomes: int) -> None:
+        """Open a folder.
+
+        Args:
+            tokenizer: the student's.
+            num_outcomes: rows of the student's output embedding.
+
+        Raises:
+            UserError: no signals there, damaged ones, or those of another tokenizer.
+        """
+        self.folder, self.num_tokens = folder, len(tokenizer)
+        if self.reader.tokenizer != fingerprint(tokenizer):
+            raise UserError(
+                f"{folder} holds the numbers of {self.reader.teacher}, whose tokenizer is not the student's: its token "
+                "ids mean other texts. Take a student of that tokenizer, or learn across tokenizers with --align"
+            )
+        if num_outcomes < self.num_tokens:
+            raise UserError(
+                f"the student has {num_outcomes} output embeddings for a tokenizer of {self.num_tokens} tokens: they "
+                "do not belong together, or the embeddings must be resized"
+            )
+
+    @cached_property
+    def reader(self) -> SignalReader:
+        """The folder, mapped into this process."""
+        return SignalReader(self.folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "reader"}
+
+    def tokens(self, uid: str) -> np.ndarray | None:
+        """Return the tokens (T,) that a trace's numbers speak of; None where it has none."""
+        try:
+            return self.reader.gather([uid]).token_ids[0]
+        except KeyError:
+            return None
+
+    def rows(self, examples: Sequence[Example]) -> TeacherRows:
+        """Return what the teacher said of the trained tokens of some examples, one after another.
+
+        Raises:
+            RunError: the numbers are no longer those of the examples' tokens.
+            UserError: a damaged record, or an outcome that the student does not know.
+        """
+        uids = [example.uid for example in examples]
+        assert all(uid is not None for uid in uids), "examples are made with `load_examples(..., signals=...)`"
+        found = self.reader.gather([str(uid) for uid in uids])
+        chosen = np.zeros(found.token_ids.shape, bool)
+        for row, example in enumerate(examples):
+            trained = example.weights[example.begin :] > 0
+            own = example.input_ids[example.begin :]
+            # A folder that was written to since would answer with the numbers of other tokens.
+            if len(own) > found.lengths[row] or (found.token_ids[row, : len(own)] != own).any():
+                raise RunError(f"the numbers of {example.uid} in {self.folder} changed while they were being learnt")
+            chosen[row, : len(own)] = trained
+        ids = found.ids[chosen].astype(np.int64)
+        if (highest := int(ids.max(initial=-1))) >= self.num_tokens:
+            raise UserError(f"{self.folder} speaks of token {highest}, the tokenizer has {self.num_tokens}")
+        logprobs, counts, tail = (
+            None if values is None else torch.from_numpy(values[chosen])
+            for values in (found.logprobs, found.counts, found.tail)
+        )
+        if counts is None:
+            return TeacherRows(torch.from_numpy(ids), logprobs, tail=tail)
+        return TeacherRows(torch.from_numpy(ids), logprobs, counts.to(torch.int64))  # of draws the rest is not asked
