@@ -9,7 +9,7 @@ A loss that looks deeper says so by a `Capture`; where a model keeps its blocks 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from distill.batch import Batch
 from distill.blocks import Parts, decoder_blocks, projections, unwrapped
@@ -63,12 +64,67 @@ def run(model: nn.Module, head: Head, batch: Batch, capture: Capture | None = No
     `capture` asks for is taken by hooks that exist during this call only, so a block that gradient checkpointing runs
     again in the backward pass is not seen twice.
 
+    On a CPU, rows of unlike lengths are run apart (`_groups`): the same numbers, and no padding is computed.
+
     Raises:
         UserError: a layer outside the model; attention projections that are not known or not run; gradient
             checkpointing with `use_reentrant=True`, which cuts the inside of a block off from gradients.
     """
-    inner = unwrapped(model)
     capture = capture or Capture()
+    groups = _groups(model, batch)
+    if len(groups) == 1:
+        return _run(model, head, batch, capture)
+    parts = []
+    for rows in groups:
+        longest = int(batch.attention_mask[rows].sum(1).max())
+        part = Batch(*(each[rows, :longest] for each in (batch.input_ids, batch.attention_mask, batch.weights)))
+        parts.append(_run(model, head, part, capture))
+    back = torch.cat(groups).argsort()
+
+    def whole(pieces: Iterable[Tensor]) -> Tensor:
+        length = batch.input_ids.shape[1]
+        return torch.cat([pad(piece, (0, 0, 0, length - piece.shape[1])) for piece in pieces])[back]
+
+    layers = {number: whole(part.layers[number] for part in parts) for number in capture.layers}
+    attention = {
+        number: tuple(whole(pieces) for pieces in zip(*(part.attention[number] for part in parts), strict=True))
+        for number in capture.attention
+    }
+    return Forward(whole(part.hidden for part in parts), head, layers, attention)  # type: ignore[arg-type]
+
+
+# What one more pass costs a CPU in each layer, in products of two numbers: those it makes while a layer is dispatched.
+PASS_PRODUCTS = 6e6
+
+
+def _groups(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Return the batch's rows in groups to be run apart: of like lengths, where that costs less.
+
+    One group on a GPU, which has packing for that; where ranks must call the wrapper once a step; and of packed rows.
+    """
+    rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if rows.device.type != "cpu" or batch.position_ids is not None or distributed:
+        return [rows]
+    inner = unwrapped(model)
+    config = inner.config.get_text_config()
+    numbers = sum(p.numel() for p in inner.get_decoder().parameters()) - inner.get_input_embeddings().weight.numel()
+    padding = PASS_PRODUCTS * config.num_hidden_layers / max(numbers, 1)  # tokens that one more pass is worth
+    lengths, order = batch.attention_mask.sum(1).sort(descending=True, stable=True)
+    groups: list[list[int]] = []
+    spare = 0
+    for place, length in enumerate(lengths.tolist()):
+        longest = int(lengths[groups[-1][0]]) if groups else 0
+        spare += longest - length
+        if not groups or spare > padding:
+            groups.append([])
+            spare = 0
+        groups[-1].append(place)
+    return [order[group] for group in groups]
+
+
+def _run(model: nn.Module, head: Head, batch: Batch, capture: Capture) -> Forward:
+    inner = unwrapped(model)
     taken: dict[Hashable, Tensor] = {}
     packed: dict[int, tuple[int, Callable[..., Parts]]] = {}
     with ExitStack() as hooks:

@@ -46,7 +46,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
         "bf16": config.bf16,
         "seed": config.seed,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "logging_strategy": "steps",
         "logging_steps": config.logging_steps,
         "save_strategy": "steps",

@@ -88,9 +88,7 @@ def build_student(
         model = load_model(cut.source, dtype=dtype, trust_remote_code=trust_remote_code)
         return prune(model, layers=cut.layers, keep=cut.keep, intermediate_size=cut.intermediate_size)
     device = None if quantization is None else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return load_model(
-        spec, dtype=dtype, device=device, quantization=quantization, trust_remote_code=trust_remote_code
-    )
+    return load_model(spec, dtype=dtype, device=device, quantization=quantization, trust_remote_code=trust_remote_code)
 
 
 def _from_preset(settings: dict[str, Any], tokenizer: Any, dtype: str, seed: int) -> Any:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distill.batch import Batch
+from distill import forward
+from distill.batch import Batch, collate
 from distill.blocks import decoder_blocks, projections
 from distill.errors import UserError
 from distill.forward import Capture, probe, read_head, run
+from distill.packing import pack
+from distill.render import Example
 
 EVERYTHING = Capture(layers=frozenset({0, 1, 2}), attention=frozenset({1, 2}))
 NEOX = {"intermediate_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
@@ -226,3 +230,60 @@ def test_probe_leaves_the_model_as_it_was(make_model):
     assert [part.shape[-1] for part in kept.attention[1]] == [32, 16, 16]
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def unlike_lengths() -> list[Example]:
+    rng = np.random.default_rng(0)
+    lengths = (3, 40, 5, 41, 12, 4)
+    return [
+        Example(rng.integers(0, 256, length).astype(np.int32), np.r_[0, np.ones(length - 1)].astype(np.float32))
+        for length in lengths
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_rows_of_unlike_lengths_run_apart_give_the_same_numbers_and_gradients(family, make_model, monkeypatch):
+    model = make_model(family)
+    batch = collate(unlike_lengths(), pad_id=256)
+    passes: list[int] = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    answers = []
+    for products in (float("inf"), 0.0):
+        monkeypatch.setattr(forward, "PASS_PRODUCTS", products)
+        head = read_head(model, "student")
+        passes.clear()
+        kept = run(model, head, batch, EVERYTHING)
+        tensors = [
+            kept.hidden,
+            *(kept.layers[n] for n in (0, 1, 2)),
+            *(each for n in (1, 2) for each in kept.attention[n]),
+        ]
+        real = [tensor[batch.attention_mask > 0] for tensor in tensors]
+        model.zero_grad()
+        sum((tensor * torch.arange(tensor.numel()).view_as(tensor).sin()).sum() for tensor in real).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        answers.append((real, gradients, list(passes)))
+    (whole, gradients, one), (apart, split, many) = answers
+    assert one == [6 * 41]
+    assert sum(many) == int(batch.attention_mask.sum())
+    for ours, theirs in zip(apart, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert split.keys() == gradients.keys()
+    for name, value in gradients.items():
+        torch.testing.assert_close(split[name], value, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_rows_and_ranks_are_run_in_one_pass(make_model, monkeypatch):
+    monkeypatch.setattr(forward, "PASS_PRODUCTS", 0.0)
+    model = make_model("llama")
+    passes: list[int] = []
+    model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    head = read_head(model, "student")
+    passes.clear()
+    run(model, head, collate(pack(unlike_lengths(), 48), pad_id=256))
+    assert len(passes) == 1
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    run(model, head, collate(unlike_lengths(), pad_id=256))
+    assert len(passes) == 2

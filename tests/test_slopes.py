@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from distill.divergences import DIVERGENCES, entropy
@@ -101,6 +101,8 @@ def test_gradients_of_any_rows_are_autograds_and_sum_to_zero(name, options, data
     outcomes = data.draw(st.integers(2, 9))
     logits = st.lists(st.floats(-20, 20), min_size=outcomes, max_size=outcomes)
     student, teacher = (torch.tensor([data.draw(logits)], dtype=torch.float64) for _ in range(2))
+    # Where both give an outcome the same probability the total variation has a kink, and no gradient.
+    assume(name != "tvd" or (student.softmax(-1) - teacher.softmax(-1)).abs().min() > 1e-9)
     value, _, expected = by_autograd(name, options, student, teacher)
     actual, gradient, *_ = logit_gradient(name, student, teacher, options=options)
     torch.testing.assert_close(actual, value, atol=1e-10, rtol=1e-9)

@@ -23,8 +23,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from distill.errors import UserError
 from distill.batch import Batch
+from distill.errors import UserError
 from distill.forward import read_head, run
 from distill.head import Head
 from distill.models import context_length, end_token_ids, load_model, load_tokenizer
