@@ -77,8 +77,8 @@ def run(model: nn.Module, head: Head, batch: Batch, capture: Capture | None = No
     parts = []
     for rows in groups:
         longest = int(batch.attention_mask[rows].sum(1).max())
-        part = Batch(*(each[rows, :longest] for each in (batch.input_ids, batch.attention_mask, batch.weights)))
-        parts.append(_run(model, head, part, capture))
+        ids, mask, weights = (each[rows, :longest] for each in (batch.input_ids, batch.attention_mask, batch.weights))
+        parts.append(_run(model, head, Batch(ids, mask, weights), capture))
     back = torch.cat(groups).argsort()
 
     def whole(pieces: Iterable[Tensor]) -> Tensor:

@@ -167,7 +167,8 @@ def test_a_wrong_command_would_be_seen(line: str, tmp_path: Path) -> None:
 
 def test_flags_in_running_text_exist() -> None:
     flags = {option for command in cli_commands().values() for parameter in command.params for option in parameter.opts}
-    allowed = flags | {"--help", "--editable", "--yes", "--max-logprobs", "--reasoning-parser"}  # the last two: vLLM's
+    foreign = {"--run", "--max-logprobs", "--reasoning-parser"}  # a benchmark's; vLLM's
+    allowed = flags | foreign | {"--help", "--editable", "--yes"}
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
             for flag in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", span):
