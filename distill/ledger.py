@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(slots=True)
@@ -19,12 +19,12 @@ class Ledger:
     seconds: float = 0.0
     tokens: int = 0
 
-    def forward(self, config: Any, length: int) -> None:
-        """Add one forward pass over a causal sequence of `length` tokens; without a config the sum is unknown."""
-        if config is None:
+    def forward(self, cost: ForwardCost | None, length: int) -> None:
+        """Add one forward pass over a causal sequence of `length` tokens; without a cost the sum is unknown."""
+        if cost is None:
             self.flops = None
         elif self.flops is not None:
-            self.flops += forward_flops(config, length, length / 2)
+            self.flops += cost.flops(length, length / 2)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
@@ -41,18 +41,35 @@ def total(ledgers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def forward_flops(config: Any, num_tokens: float, mean_context: float) -> float:
-    """Return the FLOPs of one forward pass over `num_tokens` tokens of a Llama-style decoder.
+class ForwardCost(NamedTuple):
+    """What a forward pass of one model costs: `weights` entries of its matrices, and `reach`, its attention's width.
 
-    Per token: 2 per weight of every matrix product (attention projections, gated MLP, lm_head) plus
-    ``4 * layers * heads * head_dim * mean_context`` for scores and values, where `mean_context` is the average number
-    of positions a token attends to. A backward pass costs twice a forward pass.
-
-    Args:
-        config: a transformers config of a Llama/Qwen-style model.
-        num_tokens: tokens passed through the model, prompt included.
-        mean_context: positions; half the sequence length for one causal sequence.
+    `reach` is layers * heads * head_dim. A backward pass costs twice a forward pass.
     """
+
+    weights: int
+    reach: int
+
+    def flops(self, num_tokens: float, mean_context: float) -> float:
+        """Return the FLOPs of `num_tokens` tokens.
+
+        Per token: 2 per weight of every matrix product (attention projections, gated MLP, lm_head) plus
+        ``4 * reach * mean_context`` for scores and values.
+
+        Args:
+            num_tokens: tokens passed through the model, prompt included.
+            mean_context: positions that a token attends to on average; half the length of one causal sequence.
+        """
+        return num_tokens * (2.0 * self.weights + 4.0 * self.reach * mean_context)
+
+
+def forward_flops(config: Any, num_tokens: float, mean_context: float) -> float:
+    """Return the FLOPs of one forward pass (see `ForwardCost.flops`) of the model with this transformers config."""
+    return forward_cost(config).flops(num_tokens, mean_context)
+
+
+def forward_cost(config: Any) -> ForwardCost:
+    """Return what a token costs a Llama- or Qwen-style decoder, by its transformers config."""
     width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or width // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -62,4 +79,4 @@ def forward_flops(config: Any, num_tokens: float, mean_context: float) -> float:
     inner = experts * config.moe_intermediate_size if experts else getattr(config, "intermediate_size", None)
     mlp = 3 * width * inner if inner else 2 * width * (getattr(config, "n_inner", None) or 4 * width)
     weights = layers * (projections + mlp) + width * config.vocab_size
-    return num_tokens * (2.0 * weights + 4.0 * layers * heads * head_dim * mean_context)
+    return ForwardCost(weights, layers * heads * head_dim)

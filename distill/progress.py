@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_SECONDS = 10.0
+BAR_SECONDS = 0.1  # between two updates of a bar: a line a sample costs more than a short sample
 
 
 def console() -> Console:
@@ -36,7 +38,8 @@ class Meter:
     def __init__(
         self, title: str, total: int, *, done: int = 0, unit: str = "", line_seconds: float = LINE_SECONDS
     ) -> None:
-        self.title, self.total, self.done, self.note = title, total, done, ""
+        self.title, self.total, self.done = title, total, done
+        self.note: str | Callable[[], str] = ""
         self.unit = f" {unit}" if unit else ""
         self.line_seconds = line_seconds
         self.began = self.last_line = time.monotonic()
@@ -64,13 +67,18 @@ class Meter:
         """One more item is finished; `note` is what to show beside the bar."""
         self.reach(self.done + 1, note)
 
-    def reach(self, done: int, note: str = "") -> None:
-        """So many items are finished now."""
+    def reach(self, done: int, note: str | Callable[[], str] = "") -> None:
+        """So many items are finished now; `note` is what to show beside the bar, or makes it when it is shown."""
         self.done, self.note = done, note
-        if self.bar:
-            self.bar.update(self.task, completed=self.done, rate=f"{self.rate:.1f}{self.unit}/s", note=note)
-        elif time.monotonic() - self.last_line >= self.line_seconds:
+        since = time.monotonic() - self.last_line
+        if self.bar and since >= BAR_SECONDS:
+            self.last_line = time.monotonic()
+            self.bar.update(self.task, completed=self.done, rate=f"{self.rate:.1f}{self.unit}/s", note=self._noted())
+        elif not self.bar and since >= self.line_seconds:
             self.line()
+
+    def _noted(self) -> str:
+        return self.note if isinstance(self.note, str) else self.note()
 
     @property
     def rate(self) -> float:
@@ -81,7 +89,8 @@ class Meter:
         """Print the plain line now."""
         self.last_line, rate = time.monotonic(), self.rate
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 else ""
-        note = f", {self.note}" if self.note else ""
+        noted = self._noted()
+        note = f", {noted}" if noted else ""
         say(f"{self.title}: {self.done}/{self.total}, {rate:.1f}{self.unit}/s{left}{note}")
 
     def __exit__(

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -22,7 +23,7 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: they have no place for what is computed once
 class Prompt:
     """One question to a teacher or a student.
 
@@ -35,7 +36,7 @@ class Prompt:
     source: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def uid(self) -> str:
         """Content hash of the messages alone: a corrected gold is still the same prompt."""
         return content_hash(list(self.messages))

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
-from distill.ledger import Ledger, total
+from distill.ledger import ForwardCost, Ledger, forward_cost, total
 from distill.progress import LINE_SECONDS, Meter, say
 from distill.records import Completion, Trace
 from distill.store import MANIFEST, SIGNAL, TraceStore, read_manifest, read_traces, write_json
@@ -102,7 +103,8 @@ def fill(
         say(f"model: {author.identity}, {backend.description}")
         writer = stack.enter_context(signal_writer(store.folder / SIGNAL, signal, backend, author)) if signal else None
         meter = stack.enter_context(Meter(title, everything, done=done, unit=plan.unit, line_seconds=line_seconds))
-        run = _Run(store, plan, pool, author, backend, ledger, meter, reason, writer)
+        cost = forward_cost(backend.config) if backend.config is not None else None
+        run = _Run(store, plan, pool, author, backend, ledger, meter, reason, writer, cost)
         noted = time.monotonic()
         for _ in run.draw(sampling, signal):
             if time.monotonic() - noted > NOTE_SECONDS:
@@ -145,6 +147,7 @@ class _Run:
     meter: Meter
     reason: Callable[[Trace], str | None] | None
     signals: SignalWriter | None
+    cost: ForwardCost | None  # of a token; a server's model is not known
     held: int = 0  # requests the engine has not answered
     drawn: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -195,13 +198,13 @@ class _Run:
         self.drawn += 1
         ledger, seconds = self.ledger, time.monotonic() - self.began
         ledger.tokens += trace.num_completion_tokens
-        ledger.forward(self.backend.config, trace.num_prompt_tokens + trace.num_completion_tokens)
+        ledger.forward(self.cost, trace.num_prompt_tokens + trace.num_completion_tokens)
         ledger.seconds = seconds
         if trace.error is not None:
             self.reasons["failed"] += 1
         elif self.reason and (found := self.reason(trace)) is not None:
             self.reasons[found] += 1
-        self.meter.reach(self.plan.progress[0], self._note())
+        self.meter.reach(self.plan.progress[0], self._note)
 
     def _note(self) -> str:
         """Say how fast it goes, what share is accepted, and why the rest is not."""
@@ -221,6 +224,7 @@ def record_run(out: Path, number: int, ledger: Ledger, verifier: str | None) -> 
     write_json(out / MANIFEST, {**manifest, "runs": runs, "ledger": total(each["ledger"] for each in runs)})
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions that shape a result; what is not installed is left out."""
     found = {"python": platform.python_version()}

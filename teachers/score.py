@@ -17,7 +17,7 @@ from typing import Any
 
 from distill.config import ScoreConfig
 from distill.errors import RunError, UserError
-from distill.ledger import Ledger
+from distill.ledger import Ledger, forward_cost
 from distill.progress import Meter, say
 from distill.records import Message
 from distill.render import render
@@ -137,12 +137,13 @@ class _Work:
     ) -> None:
         """Score and store until nothing is left, noting the cost in the manifest now and then."""
         began = noted = time.monotonic()
+        cost = forward_cost(backend.config)
         lengths: dict[str, int] = {}
         for uid, signal in backend.score(self._tokenised(backend, items, lengths), spec):
             self.stored_bytes += writer.append(uid, signal)
             self.scored += 1
             self.ledger.tokens += len(signal)
-            self.ledger.forward(backend.config, lengths.pop(uid))
+            self.ledger.forward(cost, lengths.pop(uid))
             self.ledger.seconds = time.monotonic() - began
             rate = f"{self.ledger.tokens / max(self.ledger.seconds, 1e-9):.0f} tokens/s"
             meter.advance(f"{rate}, {self.stored_bytes / self.ledger.tokens:.1f} bytes per token")

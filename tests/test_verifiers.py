@@ -20,7 +20,7 @@ from distill.records import Prompt, Trace, Verdict
 from teachers.prompts import read_prompts
 from teachers.verifiers import JUDGES, PROMPT_UNIT, VERIFIERS
 from teachers.verifiers.gold import GOLD, NEEDS, check_golds, gold_as_answer, missing, needs, verifier_name
-from teachers.verifiers.pool import VerifierPool
+from teachers.verifiers.pool import AT_ONCE, VerifierPool
 from teachers.verifiers.worker import open_verifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -440,7 +440,8 @@ def test_a_worker_that_dies_before_it_reads_takes_no_verdict_with_it() -> None:
         (worker,) = pool.workers
         os.kill(worker.process.pid, signal.SIGSTOP)
         pool.submit("second", trace("1", "fine"))
-        assert worker.job is not None  # the pool has handed it over
+        pool._assign(now=True)
+        assert worker.jobs  # the pool has handed it over
         os.kill(worker.process.pid, signal.SIGKILL)
         ((key, _, verdict),) = pool.collect(wait=True)
         assert (key, verdict.score) == ("second", 1.0)
@@ -449,6 +450,51 @@ def test_a_worker_that_dies_before_it_reads_takes_no_verdict_with_it() -> None:
         worker.process.wait()
         pool.submit("third", trace("1", "fine"))  # into a broken pipe
         assert [(key, verdict.score) for key, _, verdict in pool.collect(wait=True)] == [("third", 1.0)]
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("fault", ["sleep", "kill"])
+def test_jobs_that_are_handed_over_together_stand_and_fall_apart(fault: str) -> None:
+    asked = ["fine", fault, "fine", "raise", *["fine"] * (AT_ONCE - 4)]
+    with VerifierPool("own_verifier:mine", limit_seconds=1.0) as pool:
+        for number, what in enumerate(asked):
+            pool.submit(number, trace("1", what))
+        verdicts = {}
+        while pool.outstanding:
+            verdicts |= {key: verdict for key, _, verdict in pool.collect(wait=True)}
+    assert [verdicts[number].score for number in range(AT_ONCE)] == [1.0 if what == "fine" else None for what in asked]
+    assert verdicts[1].reason == FAULTS[fault]
+
+
+@pytest.mark.usefixtures("own")
+def test_nobody_waits_to_hand_over_a_long_text_behind_a_hanging_one() -> None:
+    texts = ["sleep", *["x" * 300_000] * 3]
+    with VerifierPool("own_verifier:mine", limit_seconds=1.0) as pool:
+        for number, what in enumerate(texts):
+            pool.submit(number, trace("1", what))
+        found = [(key, verdict.reason) for _ in texts for key, _, verdict in pool.collect(wait=True)]
+    assert found[0] == (0, "timeout")
+    assert sorted(key for key, _ in found) == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("own")
+def test_a_job_that_nobody_waits_for_is_judged_in_the_end() -> None:
+    with VerifierPool("own_verifier:mine") as pool:
+        pool.submit("first", trace("1", "fine"))
+        found: list[Any] = []
+        end = time.monotonic() + 60
+        while not found and time.monotonic() < end:
+            found = pool.collect()
+        assert [key for key, _, _ in found] == ["first"]
+
+
+def test_a_verifier_is_in_no_session_of_its_own() -> None:
+    """Linux shares out the processor by sessions first; but Ctrl-C, which goes to a group, must not reach it."""
+    with VerifierPool("math") as pool:
+        (worker,) = pool.workers
+        pid = worker.process.pid
+        assert os.getsid(pid) == os.getsid(0)
+        assert os.getpgid(pid) == pid != os.getpgid(0)
 
 
 def test_a_worker_that_does_not_start_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from distill.errors import RunError, UserError
@@ -70,7 +71,7 @@ class VllmEngine:
         pipeline_parallel_size: int | None = None,
     ) -> None:
         set_environment()
-        from transformers import GenerationConfig
+        from transformers import AutoConfig, GenerationConfig
 
         try:
             from vllm import LLM
@@ -84,6 +85,10 @@ class VllmEngine:
         on_cpu = current_platform.is_cpu()
         self.wants = frozenset(wants)
         self.tokenizer = load_tokenizer(model, chat_template=chat_template, trust_remote_code=trust_remote_code)
+        with contextlib.suppress(Exception):  # what is wrong with a config vLLM will say itself
+            if Path(model).is_dir():
+                config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+                set_environment(config.get_text_config())
         options = engine_arguments(
             on_cpu=on_cpu, in_flight=concurrency or (64 if on_cpu else 256), wants=wants, tokenizer=self.tokenizer
         )

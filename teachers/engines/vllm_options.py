@@ -12,10 +12,14 @@ from dataclasses import fields
 from typing import Any
 
 from distill.errors import UserError
+from distill.ledger import forward_cost
 from distill.tables import suggest
 from teachers.backend import engine_options
 
 SMALL_MACHINE = 4  # cores
+SMALL_MODEL = 10_000_000  # weights: below, a second core makes a step no faster
+RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+_RESERVED_BY_USER = RESERVED in os.environ
 CPU_CACHE_GIB = "4"  # vLLM reserves this for attention caches on CPU unless VLLM_CPU_KVCACHE_SPACE says otherwise
 TAGS = ("<think>", "</think>")
 SCORE_BYTES = 256 << 20  # of one block of prompt log-probabilities (tokens x vocabulary, float32); a few such are held
@@ -28,15 +32,21 @@ OURS = {  # engine arguments that are ours to set, and what to do instead
 }
 
 
-def set_environment() -> None:
-    """Set what vLLM reads from the environment when it is imported, where the user has not."""
+def set_environment(config: Any = None) -> None:
+    """Set what vLLM reads from the environment when it is imported or started, where the user has not.
+
+    Args:
+        config: the model's text config, where it is known.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # what the guard can see
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry unless the user turns it on
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
-    if (os.cpu_count() or 1) <= SMALL_MACHINE:
-        # vLLM keeps one core free for its front end, which does little here: of two cores that is half the speed.
-        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    if (os.cpu_count() or 1) <= SMALL_MACHINE and not _RESERVED_BY_USER:
+        # vLLM keeps one core free for its front end, which does little beside a real model: of two cores that is half
+        # the speed. A tiny one computes no faster on both, and its front end and verifier keep the other busy.
+        small = config is not None and forward_cost(config).weights < SMALL_MODEL
+        os.environ[RESERVED] = "1" if small else "0"
 
 
 def user_arguments(pairs: Iterable[str]) -> dict[str, Any]:

@@ -3,13 +3,18 @@
 Threads and signals cannot stop a computer-algebra system that runs away; a process can be killed. A worker that
 overruns is killed and replaced, and its trace gets a verdict without a score and the reason `timeout`. A worker that
 dies before it has read a job takes no verdict with it: another gets the job.
+
+Waking a process costs more than a short verdict, and on a small machine it costs the engine. So a worker is handed
+several traces at once, and nobody is woken for one trace before `GATHER_SECONDS` have passed, unless somebody waits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -29,6 +34,8 @@ from distill.watchdog import child_environment, guard
 START_SECONDS = 120.0  # importing a computer-algebra system on a busy machine
 MEMORY_BYTES = 4 << 30
 DIED = "the verifier's process died"
+AT_ONCE = 16  # jobs handed to a worker together
+GATHER_SECONDS = 0.05  # how long a job may wait for others to go with, where nobody waits for its verdict
 GROUP_LIMITS = 4  # single limits a group may take at most: among many samples one that hangs must not cost minutes
 
 
@@ -36,12 +43,13 @@ GROUP_LIMITS = 4  # single limits a group may take at most: among many samples o
 class _Job:
     key: Any
     traces: tuple[Trace, ...]
+    since: float  # when it was submitted, on the monotonic clock
     read: bool = False  # a worker has it, so what happens to that worker is this job's doing
-    tries: int = 0
+    deaths: int = 0  # of workers whose next job it was
 
 
 class _Worker:
-    """One process, what it is judging, and until when."""
+    """One process, the jobs it was handed (it judges the first), and until when that one may take."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         # A file, because a pipe that nobody reads would stop a talkative verifier; closed by `kill`.
@@ -51,11 +59,12 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            process_group=0,  # Ctrl-C is the parent's to handle
             env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
         )
         self.buffer = b""
-        self.job: _Job | None = None
+        self.jobs: deque[_Job] = deque()
+        self.room = _pipe_room(self.process)
         self.ready = False
         self.deadline = time.monotonic() + START_SECONDS
 
@@ -73,6 +82,13 @@ class _Worker:
             if stream:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def _pipe_room(process: subprocess.Popen[bytes]) -> int:
+    """Return the bytes that can be written to a process that reads nothing at the moment, without waiting for it."""
+    assert process.stdin is not None
+    query = getattr(fcntl, "F_GETPIPE_SZ", None)  # Linux
+    return fcntl.fcntl(process.stdin, query) if query else select.PIPE_BUF
 
 
 class VerifierPool:
@@ -118,7 +134,7 @@ class VerifierPool:
     @property
     def outstanding(self) -> int:
         """Traces and groups submitted and not yet collected."""
-        return len(self.waiting) + len(self.finished) + sum(worker.job is not None for worker in self.workers)
+        return len(self.waiting) + len(self.finished) + sum(len(worker.jobs) for worker in self.workers)
 
     def submit(self, key: Any, trace: Trace) -> None:
         """Queue a trace; `key` comes back with its verdict."""
@@ -126,8 +142,9 @@ class VerifierPool:
 
     def submit_group(self, key: Any, traces: Sequence[Trace]) -> None:
         """Queue the samples of one prompt, to be judged together by a verifier whose unit is the prompt."""
-        self.waiting.append(_Job(key, tuple(traces)))
-        self._assign()
+        self.waiting.append(_Job(key, tuple(traces), time.monotonic()))
+        if len(self.waiting) >= AT_ONCE:
+            self._assign()
 
     def collect(self, wait: bool = False) -> list[tuple[Any, Trace, Verdict]]:
         """Return the verdicts that are there; with `wait`, at least one as long as any is outstanding.
@@ -142,8 +159,10 @@ class VerifierPool:
 
     def collect_groups(self, wait: bool = False) -> list[tuple[Any, tuple[Trace, ...], tuple[Verdict, ...]]]:
         """Return what is there as it was submitted: key, traces, and their verdicts in the same order."""
-        self._poll(0.0)
+        if self.waiting or any(worker.jobs for worker in self.workers):
+            self._poll(0.0)
         while wait and not self.finished and self.outstanding:
+            self._assign(now=True)
             self._poll(0.2)
         done = list(self.finished)
         self.finished.clear()
@@ -153,7 +172,7 @@ class VerifierPool:
         """Yield every trace with its verdict, out of order, holding few in memory at once."""
         for key, trace in traces:
             self.submit(key, trace)
-            if self.outstanding > 4 * len(self.workers):
+            if self.outstanding > 2 * AT_ONCE * len(self.workers):
                 yield from self.collect(wait=True)
         while self.outstanding:
             yield from self.collect(wait=True)
@@ -181,20 +200,35 @@ class VerifierPool:
         worker.kill()
         self.workers.remove(worker)
 
-    def _assign(self) -> None:
-        for worker in list(self.workers):
-            if not self.waiting:
+    def _assign(self, now: bool = False) -> None:
+        """Hand jobs to the workers that have none; with `now`, or once they have waited, however few there are."""
+        idle = deque(worker for worker in self.workers if worker.ready and not worker.jobs)
+        while idle and self.waiting:
+            aged = time.monotonic() - self.waiting[0].since >= GATHER_SECONDS
+            if not (now or aged or len(self.waiting) >= AT_ONCE):
                 return
-            if worker.ready and worker.job is None:
-                job = worker.job = self.waiting.popleft()
-                job.tries += 1
-                worker.deadline = time.monotonic() + self.limit_seconds * min(max(len(job.traces), 1), GROUP_LIMITS)
-                line = dump_line({"traces": [trace.to_json() for trace in job.traces]})
-                try:
-                    worker.process.stdin.write(line.encode())  # type: ignore[union-attr]
-                    worker.process.stdin.flush()  # type: ignore[union-attr]
-                except OSError:
-                    self._give_up(worker, DIED)
+            share = -(-len(self.waiting) // len(idle))  # of what there is, so that no worker idles beside a busy one
+            self._hand_over(idle.popleft(), min(share, AT_ONCE))
+
+    def _hand_over(self, worker: _Worker, most: int) -> None:
+        """Give a worker the next jobs, as many as can be written before it reads: it may never come to the second."""
+        lines: list[bytes] = []
+        while self.waiting and len(lines) < most:
+            line = dump_line({"traces": [trace.to_json() for trace in self.waiting[0].traces]}).encode()
+            if lines and sum(map(len, lines)) + len(line) > worker.room:
+                break
+            lines.append(line)
+            worker.jobs.append(self.waiting.popleft())
+        self._set_deadline(worker)
+        try:
+            worker.process.stdin.write(b"".join(lines))  # type: ignore[union-attr]
+            worker.process.stdin.flush()  # type: ignore[union-attr]
+        except OSError:
+            self._give_up(worker, DIED)
+
+    def _set_deadline(self, worker: _Worker) -> None:
+        traces = len(worker.jobs[0].traces) if worker.jobs else 0
+        worker.deadline = time.monotonic() + self.limit_seconds * min(max(traces, 1), GROUP_LIMITS)
 
     def _poll(self, seconds: float) -> None:
         for key, _ in self.selector.select(seconds):
@@ -210,7 +244,7 @@ class VerifierPool:
                 self._reply(worker, json.loads(line))
         now = time.monotonic()
         for worker in list(self.workers):
-            if (worker.job is not None or not worker.ready) and now > worker.deadline:
+            if (worker.jobs or not worker.ready) and now > worker.deadline:
                 self._give_up(worker, "timeout")
         self._assign()
 
@@ -220,22 +254,24 @@ class VerifierPool:
         if not worker.ready:
             worker.ready = True
             return
-        job = worker.job
-        assert job is not None
         if "read" in reply:
-            job.read = True
+            worker.jobs[0].read = True
             return
-        worker.job = None
+        job = worker.jobs.popleft()
+        self._set_deadline(worker)
         self.finished.append((job.key, job.traces, tuple(Verdict(**verdict) for verdict in reply["verdicts"])))
 
     def _give_up(self, worker: _Worker, reason: str) -> None:
-        job, was_ready, words = worker.job, worker.ready, worker.last_words()
+        jobs, was_ready, words = worker.jobs, worker.ready, worker.last_words()
         self._stop(worker)
         if not was_ready:
             raise RunError(f"the verifier {self.name!r} does not start ({reason}: {words})")
-        if job is not None and reason == DIED and not job.read and job.tries == 1:
-            self.waiting.appendleft(job)
-        elif job is not None:
-            verdict = Verdict(verifier=self.name, version="", score=None, reason=reason)
-            self.finished.append((job.key, job.traces, (verdict,) * len(job.traces)))
+        if jobs:
+            job = jobs[0]
+            job.deaths += 1
+            if reason != DIED or job.read or job.deaths > 1:
+                verdict = Verdict(verifier=self.name, version="", score=None, reason=reason)
+                self.finished.append((job.key, job.traces, (verdict,) * len(job.traces)))
+                jobs.popleft()
+        self.waiting.extendleft(reversed(jobs))  # nothing of these has begun
         self._start()
