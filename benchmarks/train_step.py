@@ -386,6 +386,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help=f"optimizer steps; the first {WARM_UP} do not count")
     parser.add_argument("--objective", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--optimizer", default="adamw_torch_fused", help="of every contender; transformers' own")
+    parser.add_argument("--against", nargs="+", help="only these contenders beside ours, where memory is short")
     parser.add_argument("--distillkit-python", help="a Python that has distillkit installed")
     parser.add_argument("--take-part", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -412,6 +413,11 @@ def main() -> None:
                 pythons |= {"DistillKit": options.distillkit_python} if "DistillKit" in pythons else {}
             else:
                 pythons.pop("DistillKit", None)
+            if options.against:
+                ours, *others = pythons
+                if unknown := set(options.against) - set(others):
+                    parser.error(f"--against {', '.join(sorted(unknown))}: there are {', '.join(others)}")
+                pythons = {name: pythons[name] for name in (ours, *options.against)}
             with tempfile.TemporaryDirectory() as folder:
                 write_job(Path(folder), student, teacher, tokenizer, job)
                 answers = race(objective, Path(folder), options.steps, pythons)
