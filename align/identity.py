@@ -7,12 +7,10 @@ the trace is tokenised once, by the student's. Rows of logits beyond the tokeniz
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from distill.errors import UserError
-from distill.tables import lookup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,28 +77,7 @@ def identity(student_tokenizer: Any, teacher_tokenizer: Any) -> Comparison:
     comparison = same_vocabulary(student_tokenizer, teacher_tokenizer)
     if not comparison.same:
         raise UserError(
-            f"student and teacher have different vocabularies: {comparison.why}; soft-logits needs one vocabulary "
-            "for now, --mode hard-labels works across vocabularies"
+            f"student and teacher have different vocabularies: {comparison.why}; --align auto compares across them, "
+            "and --mode hard-labels needs no alignment"
         )
     return comparison
-
-
-# name -> f(student_tokenizer, teacher_tokenizer) -> Comparison, or UserError where the method does not fit
-METHODS: dict[str, Callable[[Any, Any], Comparison]] = {"identity": identity}
-
-
-def open_alignment(name: str, student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[str, Comparison]:
-    """Return the alignment that `name` asks for, and how the two vocabularies compare.
-
-    Args:
-        name: a name in `METHODS`, or "auto": the first that fits.
-
-    Returns:
-        The method's name (never "auto") and the comparison.
-
-    Raises:
-        UserError: an unknown name, or no method fits these tokenizers.
-    """
-    chosen = "identity" if name == "auto" else name
-    method = lookup(METHODS, chosen, "alignment")
-    return chosen, method(student_tokenizer, teacher_tokenizer)

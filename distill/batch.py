@@ -6,7 +6,7 @@ right, where causal attention cannot see the padding.
 
 Several sequences may be packed into one row: `position_ids` then begin again at 0 with each of them, attention stays
 within each, and no prediction is trained across a border. What a stored signal says of the trained tokens travels along
-as `TeacherRows`. Tokenising is `distill.render`.
+as `TeacherRows`; what a teacher of another tokenizer reads, as `OtherTokens`. Tokenising is `distill.render`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.render import Example
+from distill.render import Example, Other
 
 if TYPE_CHECKING:
     from distill.signal_data import SignalData
@@ -35,7 +35,9 @@ class Batch:
         weights: (B, T) float32, the weight of predicting token t; column 0 is always 0.
         position_ids: (B, T) int64, each token's place in its own sequence, where rows are packed; else None. What pads
             a packed row counts as one more sequence, masked in `attention_mask` and without weight.
-        signal: what a teacher said of the trained predictions, in the order of `trained()`, where it was stored.
+        signal: what a teacher said of the trained predictions, in the order of `trained()`, where it was stored. With
+            `other` of the tokens in its spans instead, span after span.
+        other: the same texts in the tokens of a teacher with another tokenizer; None where both read the same ids.
     """
 
     input_ids: Tensor
@@ -43,6 +45,7 @@ class Batch:
     weights: Tensor
     position_ids: Tensor | None = None
     signal: TeacherRows | None = None
+    other: OtherTokens | None = None
 
     def trained(self) -> Trained:
         """Return where predictions are trained, what they should be and how much each counts."""
@@ -80,15 +83,21 @@ class Batch:
         own = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "weights": self.weights}
         if self.position_ids is not None:
             own["position_ids"] = self.position_ids
-        signal = {} if self.signal is None else self.signal._asdict()
-        return own | {f"signal_{name}": value for name, value in signal.items() if value is not None}
+        for prefix, part in (("signal_", self.signal), ("other_", self.other)):
+            known = {} if part is None else part._asdict()
+            own |= {prefix + name: value for name, value in known.items() if value is not None}
+        return own
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Batch:
         """Undo `tensors`."""
-        own = {name: value for name, value in tensors.items() if not name.startswith("signal_")}
-        signal = {name.removeprefix("signal_"): value for name, value in tensors.items() if name not in own}
-        return cls(**own, signal=TeacherRows(**signal) if signal else None)
+        parts: dict[str, dict[str, Tensor]] = {"signal_": {}, "other_": {}, "": {}}
+        for name, value in tensors.items():
+            prefix = next(each for each in parts if name.startswith(each))
+            parts[prefix][name.removeprefix(prefix)] = value
+        signal = TeacherRows(**parts["signal_"]) if parts["signal_"] else None
+        other = OtherTokens(**parts["other_"]) if parts["other_"] else None
+        return cls(**parts[""], signal=signal, other=other)
 
 
 class TeacherRows(NamedTuple):
@@ -99,12 +108,35 @@ class TeacherRows(NamedTuple):
         logprobs: (N, K) float32, nats, at temperature 1; -inf in empty places; None where only counts were kept.
         counts: (N, K) int64 how often each outcome was drawn; None where the outcomes are the K most likely.
         tail: (N,) float32 log-probability of all other outcomes together; None where the outcomes are draws.
+        realised: (N,) float32 log-probability of the token that came, where a teacher of another tokenizer said it.
     """
 
     ids: Tensor
     logprobs: Tensor | None = None
     counts: Tensor | None = None
     tail: Tensor | None = None
+    realised: Tensor | None = None
+
+
+class OtherTokens(NamedTuple):
+    """The texts of a batch as a teacher of another tokenizer reads them: see `distill.render.Other`.
+
+    Attributes:
+        input_ids: (B, U) int64, padded on the right.
+        attention_mask: (B, U) int64, 1 on tokens, 0 on padding.
+        begins: (B,) int64 where each completion begins.
+        spans: (S, 5) int64 row, student begin, end, teacher begin, end; by row, ascending within.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    begins: Tensor
+    spans: Tensor
+
+    def batch(self) -> Batch:
+        """Return the teacher's side as a batch that trains nothing."""
+        untrained = torch.zeros(self.input_ids.shape, device=self.input_ids.device)
+        return Batch(self.input_ids, self.attention_mask, untrained)
 
 
 class Trained(NamedTuple):
@@ -126,7 +158,7 @@ def collate(
 
     Raises:
         ValueError: an example is empty, its weights do not match its tokens, or it trains its first token, which
-            nothing predicts.
+            nothing predicts; only some have `other`, or packed ones do.
         RunError: the numbers on disk are no longer those of these examples.
     """
     packed = not isinstance(examples[0], Example)
@@ -137,6 +169,9 @@ def collate(
             raise ValueError(f"an example has {len(example.input_ids)} tokens and {len(example.weights)} weights")
         if example.weights[0] != 0:
             raise ValueError("an example gives weight to its first token, which nothing predicts")
+    others = [example.other for example in flat if example.other is not None]
+    if others and (packed or len(others) < len(flat)):
+        raise ValueError(f"{len(others)} of {len(flat)} examples have a teacher's own tokens: all or none, unpacked")
     shape = (len(rows), max(sum(map(len, row)) for row in rows))
     input_ids = np.full(shape, pad_id, np.int64)
     attention_mask, position_ids, weights = (np.zeros(shape, kind) for kind in (np.int64, np.int64, np.float32))
@@ -153,7 +188,21 @@ def collate(
         torch.from_numpy(weights),
         torch.from_numpy(position_ids) if packed else None,
         None if signals is None else signals.rows(flat),
+        collate_others(others, pad_id=0) if others else None,
     )
+
+
+def collate_others(others: Sequence[Other], *, pad_id: int) -> OtherTokens:
+    """Lay what a teacher of another tokenizer reads into rows, padded on the right to the longest."""
+    shape = (len(others), max(1, *(len(other.input_ids) for other in others)))
+    input_ids, attention_mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
+    spans = []
+    for row, other in enumerate(others):
+        input_ids[row, : len(other.input_ids)] = other.input_ids
+        attention_mask[row, : len(other.input_ids)] = 1
+        spans.append(np.insert(other.spans.astype(np.int64).reshape(-1, 4), 0, row, axis=1))
+    begins = np.array([other.begin for other in others], np.int64)
+    return OtherTokens(*map(torch.from_numpy, (input_ids, attention_mask, begins, np.concatenate(spans))))
 
 
 def _borders(position_ids: Tensor) -> Tensor:

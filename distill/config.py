@@ -205,7 +205,9 @@ class TrainConfig(Section):
         None, description="Stored numbers of the teacher instead of a model; default: signal/ of the store."
     )
     unmatched: Literal["refuse", "drop"] = Field(
-        "refuse", description="--signal: what happens to traces without numbers, or with numbers of other tokens."
+        "refuse",
+        description="What happens to traces without stored numbers, or with those of other tokens, or whose text the "
+        "teacher's tokenizer changes.",
     )
     teacher_device: str | None = Field(
         None, description="Where the teacher runs: cuda:1, cpu, or auto to spread it; default: with the student."
@@ -216,7 +218,16 @@ class TrainConfig(Section):
     teacher_quantization: Literal["4bit", "8bit"] | None = Field(
         None, description="Load the teacher quantised (bitsandbytes)."
     )
-    align: str = Field("auto", description="How teacher and student vocabularies meet: auto or identity.")
+    teacher_tokenizer: str | None = Field(
+        None,
+        description="MODEL whose tokens the stored numbers are of, where the student has others; default: who wrote "
+        "the traces.",
+    )
+    align: str = Field(
+        "auto",
+        description="How teacher and student vocabularies meet: identity (they are one), a method across tokenizers "
+        "(cspc, shared_kl, alm, ...: see docs/alignment.md), or auto.",
+    )
     divergence: str | None = Field(
         None, description="What compares teacher and student (soft-logits: forward_kl unless said otherwise)."
     )
@@ -365,6 +376,22 @@ class DemoConfig(Section):
         300.0, description="Seconds aimed at, on two free cores: training steps and traces scale with it."
     )
     rebuild_teacher: bool = Field(False, description="Train the embedded teacher anew and write it to OUT/teacher.")
+
+
+class AlignConfig(Section):
+    """Two tokenizers side by side."""
+
+    tokenizer_a: str = Field(
+        description="The student's tokenizer: a folder, hub id or .gguf file.", json_schema_extra={"argument": True}
+    )
+    tokenizer_b: str = Field(description="The teacher's tokenizer, the same way.", json_schema_extra={"argument": True})
+    text: Path | None = Field(
+        None,
+        description="What to compare them on: a .jsonl with messages, completion, answer or text, or a text file; "
+        "default: a built-in sample.",
+    )
+    page: Path | None = Field(None, description="Also write a page that shows the text in both, to this .html file.")
+    trust_remote_code: bool = Field(False, description="Run Python code shipped inside a model folder.")
 
 
 C = TypeVar("C", bound=Section)

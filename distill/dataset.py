@@ -5,7 +5,8 @@ or `prompt` and `completion` as strings or as message lists, with the meaning TR
 its number; overlong sequences are counted and refused, dropped or cut as told.
 
 Where a teacher's stored numbers are learnt, examples hold the very tokens that these speak of, and a trace without such
-numbers is counted and refused or dropped as told. The numbers themselves are `distill.signal_data`; no torch here.
+numbers is counted and refused or dropped as told. The numbers themselves are `distill.signal_data`. Where the teacher
+has another tokenizer, an alignment gives every example the teacher's tokens (`Example.other`); no torch here.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from distill.errors import UserError
 from distill.progress import Meter
 from distill.records import Message
-from distill.render import Example, answer_only, render, render_plain, render_sampled
+from distill.render import Example, Other, answer_only, render, render_plain, render_sampled
 from distill.store import read_lines
 
 if TYPE_CHECKING:
+    from distill.alignment import Alignment
     from distill.signal_data import SignalData
 
 ACCEPTED = "'messages' (the assistant's turn last), or 'prompt' and 'completion'"
@@ -36,12 +38,16 @@ class Dataset:
         dropped: left out for their length.
         cut: shortened to the most tokens allowed: they lost their end, and are not taught to stop there.
         unmatched: left out because no stored numbers speak of their tokens.
+        unaligned: left out because the teacher's tokenizer reads other text in their place.
+        in_part: kept, though the teacher says nothing of some of their trained tokens.
     """
 
     examples: list[Example]
     dropped: int = 0
     cut: int = 0
     unmatched: int = 0
+    unaligned: int = 0
+    in_part: int = 0
 
     @property
     def trained_share(self) -> float:
@@ -84,6 +90,8 @@ def load_examples(
     stop_ids: Collection[int] | None = None,
     signals: SignalData | None = None,
     unmatched: Literal["refuse", "drop"] = "refuse",
+    alignment: Alignment | None = None,
+    teacher_length: int | None = None,
 ) -> Dataset:
     """Read and tokenise the training rows.
 
@@ -95,7 +103,10 @@ def load_examples(
         limit: use only the first rows.
         stop_ids: token ids that end generation, beside the tokenizer's eos.
         signals: what a teacher said of the traces' tokens: the examples then hold these tokens, and name the trace.
-        unmatched: what happens to a trace that has no numbers there, or numbers of other tokens.
+        unmatched: what happens to a trace that has no numbers there, or numbers of other tokens; and to one that the
+            teacher's tokenizer changes.
+        alignment: gives the examples the tokens of a teacher with another tokenizer; `signals` are then of those.
+        teacher_length: most of these tokens; a sequence with more is overlong, too.
 
     Raises:
         UserError: a malformed line or row (named by number), no row at all, sequences that are too long, traces
@@ -104,7 +115,7 @@ def load_examples(
     path = data_file(data)
     if signals is not None and target != "trace":
         raise UserError(f"--target {target} cannot be learnt from stored numbers: they speak of the whole trace")
-    rows = _Rows(path, tokenizer, max_length, overlong, target, stop_ids, signals, unmatched)
+    rows = _Rows(path, tokenizer, max_length, overlong, target, stop_ids, signals, unmatched, alignment, teacher_length)
     with path.open("rb") as stream:
         total = sum(1 for _ in stream)
     with Meter("tokenise", total if limit is None else min(limit, total)) as meter:
@@ -115,7 +126,9 @@ def load_examples(
                 raise UserError(f"{path} line {number}: {error}") from error
             meter.advance()
     rows.check()
-    return Dataset(rows.examples, len(rows.too_long), rows.cut, len(rows.unscored) + len(rows.mismatched))
+    unmatched_rows = len(rows.unscored) + len(rows.mismatched)
+    in_part = sum(example.other is not None and _is_partial(example, example.other) for example in rows.examples)
+    return Dataset(rows.examples, len(rows.too_long), rows.cut, unmatched_rows, len(rows.unaligned), in_part)
 
 
 @dataclass(slots=True)
@@ -130,26 +143,52 @@ class _Rows:
     stop_ids: Collection[int] | None
     signals: SignalData | None
     unmatched: str
+    alignment: Alignment | None
+    teacher_length: int | None
     examples: list[Example] = field(default_factory=list)
-    too_long: list[tuple[int, int]] = field(default_factory=list)  # line, tokens
+    too_long: list[tuple[int, int, int]] = field(default_factory=list)  # line, tokens, most allowed
     cut: int = 0
     unscored: list[int] = field(default_factory=list)  # no numbers
     mismatched: list[int] = field(default_factory=list)  # numbers of other tokens
+    unaligned: list[int] = field(default_factory=list)  # other text for the teacher
 
     def take(self, number: int, row: Mapping[str, Any]) -> None:
         """Tokenise a row and put it where it belongs."""
-        example = self._sampled(number, row) if self.signals is not None else self._rendered(row)
+        if self.alignment is not None:
+            example = self._paired(number, row, self.alignment)
+        else:
+            example = self._sampled(number, row) if self.signals is not None else self._rendered(row)
         if example is None:
             return
-        length = len(example)
-        if self.max_length is not None and length > self.max_length:
-            if self.overlong != "cut" or example.begin >= self.max_length:
-                self.too_long.append((number, length))
-                return
+        other, limit = example.other, self.teacher_length
+        lengths = [(len(example), example.begin, self.max_length)]
+        if other is not None:
+            lengths.append((len(other.input_ids), other.begin, limit))
+        above = [(length, begin, most) for length, begin, most in lengths if most is not None and length > most]
+        if above and (self.overlong != "cut" or any(begin >= most for _, begin, most in above)):
+            self.too_long.append((number, above[0][0], above[0][2]))
+            return
+        if above:
             kept = slice(self.max_length)
-            example = replace(example, input_ids=example.input_ids[kept].copy(), weights=example.weights[kept].copy())
+            other = None if other is None else other.cut(student=self.max_length, teacher=limit)
+            example = replace(
+                example, input_ids=example.input_ids[kept].copy(), weights=example.weights[kept].copy(), other=other
+            )
             self.cut += 1
         self.examples.append(example)
+
+    def _paired(self, number: int, row: Mapping[str, Any], alignment: Alignment) -> Example | None:
+        sampled = None
+        if self.signals is not None:
+            sampled = self.signals.tokens(_uid(row))
+            if sampled is None:
+                self.unscored.append(number)
+                return None
+        example = alignment.pair(self._rendered(row), conversation(row), sampled=sampled)
+        if example is None:
+            (self.unaligned if sampled is None else self.mismatched).append(number)
+            return None
+        return example if sampled is None else replace(example, uid=_uid(row))
 
     def _rendered(self, row: Mapping[str, Any]) -> Example:
         found = conversation(row)
@@ -164,9 +203,8 @@ class _Rows:
 
     def _sampled(self, number: int, row: Mapping[str, Any]) -> Example | None:
         assert self.signals is not None
-        uid, messages = row.get("uid"), conversation(row)
-        if not isinstance(uid, str) or isinstance(messages, tuple):
-            raise UserError("stored numbers belong to a store's traces, which have a 'uid' and 'messages'")
+        uid, messages = _uid(row), conversation(row)
+        assert not isinstance(messages, tuple)
         sampled = self.signals.tokens(uid)
         if sampled is None:
             self.unscored.append(number)
@@ -178,20 +216,23 @@ class _Rows:
 
     def check(self) -> None:
         """Stop where there are rows that must not be left out, or none are left."""
-        left_out = len(self.too_long) + len(self.unscored) + len(self.mismatched)
+        left_out = len(self.too_long) + len(self.unscored) + len(self.mismatched) + len(self.unaligned)
         if not self.examples and not left_out:
             raise UserError(f"{self.path} holds no training rows")
         if self.too_long and (self.overlong == "refuse" or not self.examples):
             raise UserError(self._too_long(len(self.examples) + left_out))
         if (self.unscored or self.mismatched) and (self.unmatched == "refuse" or not self.examples):
             raise UserError(self._unmatched(len(self.examples) + left_out))
+        if self.unaligned and (self.unmatched == "refuse" or not self.examples):
+            raise UserError(self._unaligned(len(self.examples) + left_out))
 
     def _too_long(self, total: int) -> str:
-        longest = max(length for _, length in self.too_long)
+        longest = max(length for _, length, _ in self.too_long)
+        first, _, most = self.too_long[0]
         otherwise = ", leave them out with --overlong drop or shorten them with --overlong cut"
         return (
-            f"{self.path}: {len(self.too_long)} of {total} sequences are longer than {self.max_length} tokens "
-            f"(the longest has {longest}; the first is line {self.too_long[0][0]}): raise --max-length"
+            f"{self.path}: {len(self.too_long)} of {total} sequences are longer than {most} tokens "
+            f"(the longest has {longest}; the first is line {first}): raise --max-length"
             + (otherwise if self.examples else "")
         )
 
@@ -207,6 +248,14 @@ class _Rows:
             f"{self.path}: for {len(self.mismatched)} of {total} traces the numbers in {self.signals.folder} speak of "
             f"other tokens than the student would be trained on (the first is line {self.mismatched[0]}): give it the "
             f"teacher's chat template, or make the numbers anew with distill score{otherwise}"
+        )
+
+    def _unaligned(self, total: int) -> str:
+        otherwise = ": leave them out with --unmatched drop" if self.examples else ""
+        return (
+            f"{self.path}: for {len(self.unaligned)} of {total} rows the teacher's tokenizer does not read the bytes "
+            f"that the student writes, because it normalises or lacks some (the first is line {self.unaligned[0]})"
+            + otherwise
         )
 
 
@@ -235,6 +284,18 @@ def conversation(row: Mapping[str, Any]) -> list[Message] | tuple[str, str]:
         missing = "" if completion or "messages" in row else "; the column 'completion' is missing"
         raise UserError(f"{name} must end with the assistant's turn{missing}")
     return messages
+
+
+def _uid(row: Mapping[str, Any]) -> str:
+    uid = row.get("uid")
+    if not isinstance(uid, str) or isinstance(conversation(row), tuple):
+        raise UserError("stored numbers belong to a store's traces, which have a 'uid' and 'messages'")
+    return uid
+
+
+def _is_partial(example: Example, other: Other) -> bool:
+    """Whether some trained tokens of an example are in no span."""
+    return int((example.weights > 0).sum()) > int((other.spans[:, 1] - other.spans[:, 0]).sum())
 
 
 def _ended(row: Mapping[str, Any]) -> bool:

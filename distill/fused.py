@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from distill.batch import TeacherRows
 from distill.errors import UserError
 from distill.fused_heads import Projection, projection, vocabulary_width
-from distill.fused_targets import Comparison, Running, Stored, cap_slope, cross_entropy
+from distill.fused_targets import Comparison, Running, Stored, Target, cap_slope, cross_entropy
 from distill.head import Head
 from distill.supports import DRAWS, STORED, check_width, stored_support
 from distill.tables import suggest
@@ -50,7 +50,7 @@ def fused_loss(
     head: Head,
     labels: Tensor,
     weights: Tensor,
-    target: TeacherHidden | TeacherRows | None,
+    target: TeacherHidden | TeacherRows | Target | None,
     *,
     num_outcomes: int | None = None,
     soft_weight: float = 1.0,
@@ -77,7 +77,8 @@ def fused_loss(
         head: the student's head, tied or not, with LoRA or not. One that is not known to be matrices is called.
         labels: (N,) int64; read with `hard_weight` only.
         weights: (N,) of each row.
-        target: what the student is compared with; None leaves the hard labels alone.
+        target: what the student is compared with; None leaves the hard labels alone. A `Target` of one's own brings
+            its comparison along: of the options below it takes `num_outcomes`, `soft_weight` and `hard_weight`.
         num_outcomes: tokens of the shared vocabulary: logits beyond are padding, to the soft part. The hard labels'
             softmax goes over the student's full width, as the model's own loss does. None: the full width is shared.
         soft_weight, hard_weight: of the two parts. No T² factor is applied here.
@@ -102,7 +103,9 @@ def fused_loss(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     job = _Job(head, student, labels, weights.to(wide), hard_weight, width if hard_weight else outcomes)
     job.chunk = chunk_tokens or max(1, CHUNK // (job.columns * wide.itemsize))
-    if target is not None:
+    if target is not None and not isinstance(target, TeacherHidden | TeacherRows):
+        job.target, job.outcomes, job.soft, job.slope = target, outcomes, soft_weight, soft_weight
+    elif target is not None:
         comparison = Comparison(divergence, divergence_options or {}, student_temperature, teacher_temperature, share)
         support = _support(target, support, top_k, comparison)
         job.soft, job.slope = soft_weight, soft_weight / student_temperature
@@ -153,7 +156,7 @@ class _Job:
     hard: float
     columns: int
     chunk: int = 1
-    target: Running | Stored | None = None
+    target: Target | None = None
     outcomes: int = 0
     soft: float = 0.0
     slope: float = 0.0

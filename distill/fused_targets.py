@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ from distill.tables import bind, lookup
 from distill.taid import interpolated_target
 
 OVERLAP_OUTCOMES = 8
+
+
+class Target(Protocol):
+    """What the student's rows are compared with, a chunk and then a block at a time."""
+
+    def load(self, piece: slice) -> None:
+        """Make ready what is compared with a chunk of the N rows."""
+
+    def compare(self, student: Tensor, first: int, rows: slice, picked: slice) -> dict[str, Tensor]:
+        """Compare a block of logits (n, V), and leave the gradient of `divergence` in their place: see `Running`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,18 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.config import TrainConfig, key_values
 from distill.divergences import DIVERGENCES
 from distill.errors import UserError
 from distill.losses import LOSSES, LossMode
-from distill.losses.mixture import GIVEN, check_weights
+from distill.losses.mixture import GIVEN, check_weights, find_mode
 from distill.store import SIGNAL
 from distill.tables import bind, lookup, suggest
+
+if TYPE_CHECKING:
+    from distill.alignment import Alignment
 
 TRAINER = "trainer"  # the section of --set that is not a loss mode
 FLAGS = ("divergence", "temperature", "hard_label_weight")  # options of a mode that have flags of their own
@@ -40,16 +43,24 @@ class Objective:
     source: Literal["model", "signal"] | None
 
 
-def read_objective(config: TrainConfig) -> Objective:
+def read_objective(config: TrainConfig, alignment: Alignment | None = None) -> Objective:
     """Return what a recipe asks to be learnt.
+
+    Args:
+        alignment: of a teacher with another tokenizer, whose modes have options of their own.
 
     Raises:
         UserError: what `loss_weights`, `loss_options` and `teacher_source` refuse; settings that exclude each other.
     """
     weights = loss_weights(config)
-    objective = Objective(weights, loss_options(config), needs(weights), teacher_source(config))
+    modes = None if alignment is None else alignment.modes
+    objective = Objective(weights, loss_options(config, modes), needs(weights, modes), teacher_source(config))
+    if config.packing and alignment is not None:
+        raise UserError("--packing needs one tokenizer: a teacher of another one reads rows of other lengths")
     if config.packing and "rollouts" in objective.needs:
         raise UserError("--packing and on-policy do not go together: rollouts are written one sequence to a row")
+    if config.teacher_tokenizer is not None and objective.source != "signal":
+        raise UserError("--teacher-tokenizer says whose tokens stored numbers are of, and none are read here")
     if config.load_in_4bit and config.lora_r is None:
         raise UserError("--load-in-4bit freezes the student's weights: give --lora-r to train adapters beside them")
     return objective
@@ -93,21 +104,9 @@ def mode_name(mode: str) -> str:
     return mode.strip()
 
 
-def loss_mode(name: str) -> LossMode:
-    """Return the entry of a mode.
-
-    Raises:
-        UserError: it names something else.
-    """
-    entry = lookup(LOSSES, name, "mode")
-    if not isinstance(entry, LossMode):
-        raise UserError(f"{name} must name a distill.losses.LossMode, not a {type(entry).__name__}")
-    return entry
-
-
-def needs(weights: Iterable[str]) -> frozenset[str]:
+def needs(weights: Iterable[str], stand_ins: Mapping[str, LossMode] | None = None) -> frozenset[str]:
     """Return what any of the modes needs: see `LossMode.needs`."""
-    return frozenset().union(*(loss_mode(name).needs for name in weights))
+    return frozenset().union(*(find_mode(name, stand_ins).needs for name in weights))
 
 
 def teacher_source(config: TrainConfig) -> Literal["model", "signal"] | None:
@@ -146,13 +145,16 @@ def signal_folder(config: TrainConfig) -> Path:
     return config.signal or config.data / SIGNAL
 
 
-def loss_options(config: TrainConfig) -> dict[str, dict[str, Any]]:
+def loss_options(config: TrainConfig, stand_ins: Mapping[str, LossMode] | None = None) -> dict[str, dict[str, Any]]:
     """Return mode -> options, from flags and `--set MODE.NAME=VALUE`.
+
+    Args:
+        stand_ins: modes for a teacher of another tokenizer, where it has one.
 
     Raises:
         UserError: a flag or section that no mode takes, an option a mode has not, an unknown divergence.
     """
-    functions = {name: loss_mode(name).fn for name in loss_weights(config)}
+    functions = {name: find_mode(name, stand_ins).fn for name in loss_weights(config)}
     options: dict[str, dict[str, Any]] = {name: {} for name in functions}
     accepted = {name: _options_of(function) for name, function in functions.items()}
 

@@ -36,15 +36,46 @@ class Example:
         weights: (T,) float32, the weight of predicting each token, 0 on the prompt.
         begin: tokens of the prompt, which is where the completion begins.
         uid: the trace whose stored signal speaks of the completion's tokens, in order from the first; None for none.
+            With `other` it speaks of that one's tokens.
+        other: what a teacher of another tokenizer reads in its place; None where both read the same ids.
     """
 
     input_ids: np.ndarray
     weights: np.ndarray
     begin: int = 0
     uid: str | None = None
+    other: Other | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A sequence as a teacher of another tokenizer reads it, and where the two meet.
+
+    Attributes:
+        input_ids: (U,) int32 the teacher's prompt and its tokens of the completion; the completion alone where stored
+            numbers speak in its place.
+        begin: tokens of the prompt.
+        spans: (S, 4) int32 student begin, end, teacher begin, end: positions in the two sequences. Each span is the
+            same bytes on both sides and cannot be split; they ascend, cover trained tokens only, and may have gaps.
+    """
+
+    input_ids: np.ndarray
+    begin: int
+    spans: np.ndarray
+
+    def cut(self, *, student: int | None = None, teacher: int | None = None) -> Other:
+        """Return what is left when the student's or the teacher's sequence is cut to so many tokens."""
+        kept = np.ones(len(self.spans), bool)
+        if student is not None:
+            kept &= self.spans[:, 1] <= student
+        if teacher is not None:
+            kept &= self.spans[:, 3] <= teacher
+        spans = self.spans[kept]
+        end = self.begin if len(spans) == 0 else int(spans[-1, 3])
+        return Other(self.input_ids[:end].copy(), self.begin, spans)
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, str]:
@@ -156,19 +187,7 @@ def answer_only(content: str, *, predicted: str | None = None, gold: str | None 
     raise UserError("no final answer: no text after </think>, no \\boxed{...}, and neither 'predicted' nor 'gold'")
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the tokenizer has no chat template: give one with --chat-template FILE.jinja")
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise UserError(f"the chat template refuses messages with the roles [{roles}]: {error}") from error
-
-
-def _continue(prefill: str, content: str) -> str:
+def continuation(prefill: str, content: str) -> str:
     """Return the part of the assistant's `content` that comes after what the template already wrote."""
     if not prefill:
         return content
@@ -182,12 +201,24 @@ def _continue(prefill: str, content: str) -> str:
     return f"\n{CLOSE}\n\n{content}"
 
 
+def _apply(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the tokenizer has no chat template: give one with --chat-template FILE.jinja")
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise UserError(f"the chat template refuses messages with the roles [{roles}]: {error}") from error
+
+
 def _turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int] | None) -> tuple[list[int], str, str]:
     """Return the ids of the prompt, the text that the model is to write, and what then closes the turn."""
     if not messages or messages[-1].get("role") != "assistant":
         raise UserError("messages must end with the assistant turn to train on")
     prompt, prefill = render_prompt(tokenizer, messages[:-1])
-    content = _continue(prefill, messages[-1]["content"])
+    content = continuation(prefill, messages[-1]["content"])
     return _encode(tokenizer, prompt), content, end_of_turn(tokenizer, messages, stop_ids)
 
 

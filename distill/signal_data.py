@@ -24,19 +24,33 @@ from distill.signals import SignalReader
 
 
 class SignalData:
-    """A folder of signals, for a student of the tokenizer that its ids belong to."""
+    """A folder of signals, for a student of the tokenizer that its ids belong to, or of another one.
 
-    def __init__(self, folder: Path, tokenizer: Any, *, num_outcomes: int) -> None:
+    In the second case the examples name the teacher's tokens (`Example.other`), and the numbers of those in spans are
+    given, span after span.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Any, *, num_outcomes: int, teacher_tokenizer: Any | None = None
+    ) -> None:
         """Open a folder.
 
         Args:
             tokenizer: the student's.
             num_outcomes: rows of the student's output embedding.
+            teacher_tokenizer: the one that the ids belong to, where it is another than the student's.
 
         Raises:
             UserError: no signals there, damaged ones, or those of another tokenizer.
         """
-        self.folder, self.num_tokens = folder, len(tokenizer)
+        self.folder, self.num_tokens = folder, len(tokenizer if teacher_tokenizer is None else teacher_tokenizer)
+        if teacher_tokenizer is not None:
+            if self.reader.tokenizer != fingerprint(teacher_tokenizer):
+                raise UserError(
+                    f"{folder} holds the numbers of {self.reader.teacher}, made with another tokenizer than the "
+                    "teacher's that was given: its token ids mean other texts. Name its own with --teacher-tokenizer"
+                )
+            return
         if self.reader.tokenizer != fingerprint(tokenizer):
             raise UserError(
                 f"{folder} holds the numbers of {self.reader.teacher}, whose tokenizer is not the student's: its token "
@@ -74,9 +88,9 @@ class SignalData:
         assert all(uid is not None for uid in uids), "examples are made with `load_examples(..., signals=...)`"
         found = self.reader.gather([str(uid) for uid in uids])
         chosen = np.zeros(found.token_ids.shape, bool)
+        across = any(example.other is not None for example in examples)
         for row, example in enumerate(examples):
-            trained = example.weights[example.begin :] > 0
-            own = example.input_ids[example.begin :]
+            own, trained = _spoken_of(example)
             # A folder that was written to since would answer with the numbers of other tokens.
             if len(own) > found.lengths[row] or (found.token_ids[row, : len(own)] != own).any():
                 raise RunError(f"the numbers of {example.uid} in {self.folder} changed while they were being learnt")
@@ -88,6 +102,21 @@ class SignalData:
             None if values is None else torch.from_numpy(values[chosen])
             for values in (found.logprobs, found.counts, found.tail)
         )
+        realised = None
+        if across and found.token_logprobs is not None:
+            realised = torch.from_numpy(found.token_logprobs[chosen])
         if counts is None:
-            return TeacherRows(torch.from_numpy(ids), logprobs, tail=tail)
-        return TeacherRows(torch.from_numpy(ids), logprobs, counts.to(torch.int64))  # of draws the rest is not asked
+            return TeacherRows(torch.from_numpy(ids), logprobs, tail=tail, realised=realised)
+        # Of draws the rest is not asked.
+        return TeacherRows(torch.from_numpy(ids), logprobs, counts.to(torch.int64), realised=realised)
+
+
+def _spoken_of(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens (T,) that an example's numbers speak of, and which of them are asked for."""
+    if example.other is None:
+        return example.input_ids[example.begin :], example.weights[example.begin :] > 0
+    own = example.other.input_ids[example.other.begin :]
+    asked = np.zeros(len(own), bool)
+    for begin, end in example.other.spans[:, 2:] - example.other.begin:
+        asked[begin:end] = True
+    return own, asked

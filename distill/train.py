@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from distill.alignment import Alignment
 from distill.batch import collate
 from distill.callbacks import METRICS, TIMINGS, Progress
 from distill.checkpoints import last_checkpoint
@@ -35,7 +36,9 @@ from distill.trainer import DistillTrainer
 from distill.training_arguments import training_arguments
 
 
-def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: Any = None) -> dict[str, Any]:
+def run_training(
+    config: TrainConfig, *, model: Any, tokenizer: Any, teacher: Any = None, alignment: Alignment | None = None
+) -> dict[str, Any]:
     """Train `model` as the recipe says, save it into `config.out` and return what `run.json` holds.
 
     A folder whose run is finished is left as it is. `model` is trained in place.
@@ -43,14 +46,15 @@ def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: An
     Args:
         model: the student, a causal language model, on any device.
         tokenizer: the student's tokenizer, with a chat template where the data needs one.
-        teacher: the teacher, where the mode needs one. That its vocabulary is the student's is the caller's to see to
-            (`align.open_alignment`): here only widths can be compared.
+        teacher: the teacher, where the mode needs one.
+        alignment: of a teacher with another tokenizer, running or stored. Without one, that its vocabulary is the
+            student's is the caller's to see to (`align.open_alignment`): here only widths can be compared.
 
     Raises:
         UserError: a wrong setting, unusable data, or a folder of another recipe.
         RunError: the loss became NaN or infinite, or the disk is full; whole checkpoints stay.
     """
-    objective = read_objective(config)
+    objective = read_objective(config, alignment)
     if open_run(config) == "finished":
         say(f"{config.out} is finished; nothing to do")
         return read_run(config.out)
@@ -60,12 +64,19 @@ def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: An
             if teacher is None
             else "nobody asks the teacher that was given"
         )
+    if alignment is not None and objective.source is None:
+        raise UserError("nobody asks a teacher, and one of another tokenizer was given an alignment")
     _check_width("student", model, tokenizer)
     if teacher is not None:
-        _check_width("teacher", teacher, tokenizer)
-    max_length = _max_length(config, model, teacher)
+        _check_width("teacher", teacher, tokenizer if alignment is None else alignment.teacher_tokenizer)
+    if alignment is not None:
+        say(f"teacher and student have different tokenizers: {alignment.name} ({alignment.why})")
+    max_length = _max_length(config, model, teacher if alignment is None else None)
     width = model.get_output_embeddings().weight.shape[0]
-    signals = SignalData(signal_folder(config), tokenizer, num_outcomes=width) if objective.source == "signal" else None
+    signals = None
+    if objective.source == "signal":
+        theirs = None if alignment is None else alignment.teacher_tokenizer
+        signals = SignalData(signal_folder(config), tokenizer, num_outcomes=width, teacher_tokenizer=theirs)
     dataset = load_examples(
         config.data,
         tokenizer,
@@ -76,11 +87,15 @@ def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: An
         stop_ids=_stop_ids(model, tokenizer),
         signals=signals,
         unmatched=config.unmatched,
+        alignment=alignment,
+        teacher_length=None if teacher is None else context_length(teacher.config),
     )
     for count, what in (
         (dataset.dropped, f"left out {dataset.dropped} sequences longer than {max_length} tokens"),
         (dataset.cut, f"cut {dataset.cut} sequences to {max_length} tokens"),
         (dataset.unmatched, f"left out {dataset.unmatched} traces that the stored numbers do not speak of"),
+        (dataset.unaligned, f"left out {dataset.unaligned} rows whose text the teacher's tokenizer changes"),
+        (dataset.in_part, f"{dataset.in_part} rows have trained tokens that the teacher says nothing of"),
     ):
         if count:
             say(what)
@@ -111,6 +126,7 @@ def run_training(config: TrainConfig, *, model: Any, tokenizer: Any, teacher: An
         rollouts=rollouts,
         metrics_folder=config.out,
         callbacks=[progress],
+        alignment=alignment,
     )
     resume_from = last_checkpoint(config.out / CHECKPOINTS)
     if trainer.is_world_process_zero():
@@ -188,6 +204,10 @@ def _rollouts(config: TrainConfig, model: Any, tokenizer: Any, max_length: int |
 
 def _run_record(config: TrainConfig, trainer: DistillTrainer, dataset: Dataset) -> dict[str, Any]:
     lines = [row for row in trainer.state.log_history if "loss" in row]
+    across: dict[str, Any] = {}
+    if trainer.alignment is not None:
+        across["alignment"] = {"method": trainer.alignment.name, "why": trainer.alignment.why}
+        across |= {"unaligned": dataset.unaligned, "aligned_in_part": dataset.in_part}
     return {
         "recipe": config.model_dump(mode="json"),
         "versions": {
@@ -201,6 +221,7 @@ def _run_record(config: TrainConfig, trainer: DistillTrainer, dataset: Dataset) 
         "dropped_overlong": dataset.dropped,
         "cut_overlong": dataset.cut,
         "without_signal": dataset.unmatched,
+        **across,
         "trained_share": dataset.trained_share,
         "num_parameters": trainer.student.num_parameters(),
         "steps": trainer.state.global_step,

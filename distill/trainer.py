@@ -29,17 +29,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from distill.alignment import Alignment
 from distill.batch import Batch
 from distill.beside import Beside
 from distill.callbacks import METRICS, MetricsFile, keep_until
 from distill.checkpoints import STATE, checkpoints, last_checkpoint, reason
 from distill.errors import RunError, UserError
 from distill.forward import Forward, read_head, run
+from distill.ledger import forward_flops
 from distill.losses.mixture import Mixture
+from distill.models import context_length
 from distill.rollouts import Rollouts
 from distill.tally import Tally
 
 STAGING = ".saving"
+TEACHER_TOKENS, TEACHER_SQUARES = "teacher_tokens", "teacher_squares"  # of a teacher that reads other ones
 
 
 class DistillTrainer(Trainer):
@@ -50,8 +54,8 @@ class DistillTrainer(Trainer):
 
     Args:
         model: the student, a causal language model.
-        teacher: a causal language model of the same vocabulary, where a mode needs one; it is frozen. It stays on the
-            device it is on where that is not the CPU, or where it is spread over several.
+        teacher: a causal language model, where a mode needs one; it is frozen. It stays on the device it is on where
+            that is not the CPU, or where it is spread over several.
         args: `transformers.TrainingArguments`.
         train_dataset: what `collate` takes, with a length.
         collate: a list of the dataset's items to a `Batch`.
@@ -60,6 +64,8 @@ class DistillTrainer(Trainer):
         loss_options: mode -> its keyword-only arguments.
         rollouts: writes the batches of on-policy modes.
         metrics_folder: where `metrics.jsonl` and `timings.jsonl` go; None writes none.
+        alignment: of a teacher with another tokenizer, whose tokens the batches then bring along; None where teacher
+            and student have one vocabulary.
 
     Raises:
         UserError: unknown mode or option; a model whose logits cannot be reproduced; a missing teacher.
@@ -81,6 +87,7 @@ class DistillTrainer(Trainer):
         rollouts: Rollouts | None = None,
         metrics_folder: Path | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        alignment: Alignment | None = None,
     ) -> None:
         self.loss = Mixture(
             {loss: 1.0} if isinstance(loss, str) else loss,
@@ -89,7 +96,9 @@ class DistillTrainer(Trainer):
             teacher=teacher,
             num_outcomes=len(processing_class),
             rollouts=rollouts,
+            stand_ins=None if alignment is None else alignment.modes,
         )
+        self.alignment = alignment
         if "teacher" in self.loss.needs and teacher is None:
             raise UserError(f"the loss ({loss}) needs a teacher that runs")
         if teacher is not None and self.loss.needs.isdisjoint({"teacher", "teacher_logits"}):
@@ -155,8 +164,13 @@ class DistillTrainer(Trainer):
                     step=self.state.global_step,
                     first_row=before * self.args.per_device_train_batch_size,
                 )
-            rolled.append(written.batch.tensors())
             self.tally.add(written.metrics, written.counts)
+            paired = written.batch
+            if self.alignment is not None and paired is not batch:
+                most = None if self.teacher is None else context_length(self.teacher.config)
+                paired, in_part = self.alignment.pair_rollouts(paired, batch, teacher_length=most)
+                self.tally.add({"aligned_in_part": in_part.to(device)}, {})
+            rolled.append(paired.tensors())
         return rolled, self._get_num_items_in_batch(rolled, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -178,6 +192,9 @@ class DistillTrainer(Trainer):
             output = self.loss(student, teacher, batch, progress=progress)
         if self.student.training:
             self.tally.step(batch, output)
+            if batch.other is not None and teacher is not None:
+                lengths = batch.other.attention_mask.sum(1).to(torch.float64)
+                self.tally.add({}, {TEACHER_TOKENS: lengths.sum(), TEACHER_SQUARES: lengths.square().sum()})
         mass = output.weight if num_items_in_batch is None else num_items_in_batch
         # Data parallelism averages gradients over ranks; the mass is already global, so undo the average.
         loss = output.total / mass * self.accelerator.num_processes
@@ -186,8 +203,9 @@ class DistillTrainer(Trainer):
     def _teach(self, batch: Batch) -> Forward:
         """Run the teacher where it is, and bring what it says to the student's device."""
         device = self.args.device
+        read = batch if batch.other is None else batch.other.batch()
         with torch.no_grad():
-            said = run(self.teacher, self.teacher_head, batch.to(self.teacher.device), self.loss.teacher_capture)
+            said = run(self.teacher, self.teacher_head, read.to(self.teacher.device), self.loss.teacher_capture)
         attention = {number: tuple(each.to(device) for each in kept) for number, kept in said.attention.items()}
         layers = {number: kept.to(device) for number, kept in said.layers.items()}
         return Forward(said.hidden.to(device), self.teacher_head_here, layers, attention)  # type: ignore[arg-type]
@@ -223,7 +241,18 @@ class DistillTrainer(Trainer):
     def ledger(self) -> dict[str, Any]:
         """Return what training cost so far on all ranks: see `Tally.ledger`."""
         teacher = None if self.teacher is None else self.teacher.config.get_text_config()
-        return self.tally.ledger(self.student.config.get_text_config(), teacher, trained_share=self.trained_share)
+        own = self.student.config.get_text_config()
+        if self.alignment is None:
+            return self.tally.ledger(own, teacher, trained_share=self.trained_share)
+        ledger = self.tally.ledger(own, None, trained_share=self.trained_share)
+        total, squares = (
+            float(self.tally.reduce(self.tally.totals[name])) if name in self.tally.totals else 0.0
+            for name in (TEACHER_TOKENS, TEACHER_SQUARES)
+        )
+        if total:  # it reads its own tokens
+            ledger["flops"] += forward_flops(teacher, total, squares / total / 2)
+            ledger["teacher_tokens"] = int(total)
+        return ledger
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log means over the steps since the last line, per unit of weight, and running totals."""

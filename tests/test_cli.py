@@ -21,7 +21,7 @@ from cli import app
 
 ROOT = Path(__file__).parent.parent
 CLI = [sys.executable, str(ROOT / "cli.py")]
-COMMANDS = ("demo", "generate", "filter", "train", "eval", "compare", "fetch-model")
+COMMANDS = ("demo", "generate", "filter", "train", "eval", "compare", "align", "fetch-model")
 HEAVY = ("torch", "transformers", "vllm", "datasets", "numpy", "pydantic_core._missing")
 QUESTION = "Ana has 15 books. Mon buys 8. Total?"
 
@@ -222,7 +222,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "adapters on nothing": (TRAIN + "--mode hard-labels --lora-r 4 --lora-target-modules q_prj", ["mean 'q_proj'"]),
     "4 bits without adapters": (TRAIN + "--mode hard-labels --load-in-4bit", ["--load-in-4bit"]),
     "an unknown reporter": (TRAIN + "--mode hard-labels --report-to tensorbord", ["mean 'tensorboard'"]),
-    "other vocabulary": (TRAIN + "--mode soft-logits --teacher {w}/bytes --tokenizer nano", ["--mode hard-labels"]),
+    "other vocabulary": (
+        TRAIN + "--mode soft-logits --teacher {w}/bytes --tokenizer nano --align identity",
+        ["--mode hard-labels"],
+    ),
     "align": (TRAIN + "--mode soft-logits --teacher nano --align identty", ["identty", "mean 'identity'"]),
     "divergence": (TRAIN + "--mode soft-logits --teacher nano --divergence forward_lk", ["mean 'forward_kl'"]),
     "schedule": (TRAIN + "--mode hard-labels --lr-scheduler-type cosin", ["mean 'cosine'"]),

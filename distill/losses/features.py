@@ -1,11 +1,11 @@
 """Features: the student's hidden states, through a projector, against the teacher's, layer by layer (FitNets,
 arXiv 1412.6550).
 
-Widths, depths and architectures may differ; both models read the same token ids. Compared are the states that predict
-the trained tokens: the state at position t - 1 for a weight on token t. It is the state that this prediction is made
-from, so the one mask means the same here as in every other mode: prompt and padding receive no gradient of their own,
-the last prompt token, which predicts the first trained one, does, and the state at the end-of-turn token, which
-predicts nothing, does not.
+Widths, depths and architectures may differ. Compared are the states that predict the trained tokens: the state at
+position t - 1 for a weight on token t. It is the state that this prediction is made from, so the one mask means the
+same here as in every other mode: prompt and padding receive no gradient of their own, the last prompt token, which
+predicts the first trained one, does, and the state at the end-of-turn token, which predicts nothing, does not. Where
+the tokenizers differ, the states are those in which both models have read the same text (`distill.span_states`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from distill.forward import Capture, Forward, probe, widened
 from distill.layer_maps import layer_map
 from distill.losses.base import Inner, LossOutput
 from distill.projectors import Projectors
+from distill.span_states import span_states
 from distill.tables import lookup
 
 
@@ -87,6 +88,8 @@ def features(
     """
     assert teacher is not None, "features declares that it needs the teacher"
     distance = lookup(DISTANCES, kind, "kind of feature")
+    mass = batch.trained().weights.sum()
+    student, teacher, batch = span_states(student, teacher, batch)
     trained = batch.trained()
     pairs: list[tuple[int, int]] = inner.plan
     states = [student.layers[number][:, :-1][trained.rows] for number, _ in pairs]
@@ -100,7 +103,7 @@ def features(
         part = (trained.weights * distance(widened(state), widened(target))).sum()
         metrics[f"features_{student_number}_{teacher_number}"] = part.detach()
         total = total + part / len(pairs)
-    return LossOutput(total, trained.weights.sum(), (metrics if len(pairs) > 1 else {}) | {"features": total.detach()})
+    return LossOutput(total, mass, (metrics if len(pairs) > 1 else {}) | {"features": total.detach()})
 
 
 def features_inner(

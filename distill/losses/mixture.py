@@ -45,6 +45,7 @@ class Mixture:
         student, teacher: the models; `teacher` is None where none runs.
         num_outcomes: tokens of the vocabulary.
         rollouts: how batches are written, where the student writes them.
+        stand_ins: modes that take the place of those of the same name, where the teacher has another tokenizer.
 
     Attributes:
         needs, reads_head: what any of the modes needs and does (see `LossMode`).
@@ -65,8 +66,9 @@ class Mixture:
         teacher: Any,
         num_outcomes: int,
         rollouts: Rollouts | None = None,
+        stand_ins: Mapping[str, LossMode] | None = None,
     ) -> None:
-        modes = {name: _mode(name) for name in weights}
+        modes = {name: find_mode(name, stand_ins) for name in weights}
         check_weights(weights)
         for name in options:
             if name not in modes:
@@ -126,10 +128,26 @@ def check_weights(weights: Mapping[str, float]) -> None:
             )
 
 
-def _mode(name: str) -> LossMode:
-    mode = lookup(LOSSES, name, "loss mode")
+def find_mode(name: str, stand_ins: Mapping[str, LossMode] | None = None) -> LossMode:
+    """Return the entry of a mode.
+
+    Args:
+        name: of `LOSSES`, or ``pkg.mod:name``.
+        stand_ins: modes for a teacher of another tokenizer, where it has one.
+
+    Raises:
+        UserError: it names something else, or asks a teacher and does not know about other tokenizers.
+    """
+    if stand_ins is not None and name in stand_ins:
+        return stand_ins[name]
+    mode = lookup(LOSSES, name, "mode")
     if not isinstance(mode, LossMode):
         raise UserError(f"{name} must name a distill.losses.LossMode, not a {type(mode).__name__}")
+    if stand_ins is not None and mode.needs & {"teacher", "teacher_logits"}:
+        raise UserError(
+            f"{name} compares tokens of one vocabulary, and the teacher has another: there are "
+            f"{', '.join(stand_ins)}, and hard_labels, which needs no alignment"
+        )
     return mode
 
 

@@ -1,6 +1,7 @@
 """Relations: how the tokens of one response lie to each other in the student, against how they lie in the teacher.
 
-Needs no projector: widths, depths, head counts and architectures may differ; both models read the same token ids.
+Needs no projector: widths, depths, head counts and architectures may differ. Where the tokenizers differ, spans that
+cover the same text stand for tokens, and there is no context (`distill.span_states`).
 The points are the states that predict the trained tokens, as in `distill.losses.features`. A relation is taken within
 one sequence, never across, so batch, padding and packing change nothing. A sequence's value counts with the sum of its
 trained weights; within it, all tokens of positive weight are points of equal standing.
@@ -29,6 +30,7 @@ from distill.forward import Capture, Forward, probe, widened
 from distill.layer_maps import layer_map
 from distill.losses.base import Inner, LossOutput
 from distill.sequences import Sequence, sequences
+from distill.span_states import span_states
 from distill.tables import lookup
 
 NARROWEST = 16  # channels of a relation head: MiniLMv2 does best with 48 heads at width 768
@@ -173,6 +175,8 @@ def relations(
     """
     assert teacher is not None, "relations declares that it needs the teacher"
     plan: Plan = inner.plan
+    mass = batch.trained().weights.sum()
+    student, teacher, batch = span_states(student, teacher, batch)
     device = student.hidden.device
     # Starting from a zero that hangs on the student keeps the graph whole for a batch without trained tokens.
     total = widened(student.hidden.flatten()[:1]).sum() * 0.0
@@ -193,7 +197,7 @@ def relations(
     total = sum(parts.values(), start=total)
     metrics = {name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
     metrics |= {f"relations_{name}_tokens": count.to(device) for name, count in counts.items()}
-    return LossOutput(total, batch.trained().weights.sum(), metrics | {"relations": total.detach()})
+    return LossOutput(total, mass, metrics | {"relations": total.detach()})
 
 
 def relations_inner(

@@ -1,0 +1,72 @@
+"""CSPC, consistent shared-prefix coarsening: both vocabularies on one set of cells, and rows inside tokens both ways.
+
+Our own method. A cell is what both sides' tokenizers agree to begin a text with (`align.cells.consistent_cells`), so a
+student that writes the teacher's distribution in its own tokens is right about (nearly) every cell, whichever side has
+the longer tokens: "201" against "2", "0", "1" is one cell at the root, and is then compared digit by digit in interior
+rows. Mass is conserved on both sides. Which of several tokens of one cell the student should take is not compared:
+that is a matter of its own tokenizer, which hard labels teach.
+
+Interior rows count only tokens that the other side would split there, and lead only where the running side would run
+on, as their own tokenizers say. What is left of a bias in root rows is that each model knows of its own last token that
+it has ended; `covered_rows` takes that away, and root rows are for where the row before is not at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from align.byte_view import ByteView, byte_view
+from align.cell_rows import Tables, interior_rows, root_rows
+from align.cells import consistent_cells
+from align.covered_rows import Covered, covered_rows
+from align.first_tokens import Splits
+from align.prefixes import EXCLUDED, NO_CELL, Inside
+
+__all__ = ["Covered", "covered_rows", "interior_rows", "root_rows", "tables"]
+
+
+def tables(
+    student_tokenizer: Any,
+    teacher_tokenizer: Any,
+    *,
+    stops: tuple[Iterable[int], Iterable[int]] = ((), ()),
+    specials: Mapping[int, int] | None = None,
+    longest: bool = True,
+) -> Tables:
+    """Return the tables of a pair of tokenizers; arguments and errors: `align.cells.consistent_cells`."""
+    views = byte_view(student_tokenizer), byte_view(teacher_tokenizer)
+    splits = Splits(student_tokenizer, views[0]), Splits(teacher_tokenizer, views[1])
+    cells = consistent_cells(
+        *views, student_splits=splits[0], teacher_splits=splits[1], stops=stops, specials=specials, longest=longest
+    )
+    own, others = cells.student.numpy(), cells.teacher.numpy()
+    return Tables(
+        cells,
+        finer=_inside(views[1], splits[1], views[0], splits[0], own, cells.bottom),
+        coarser=_inside(views[0], splits[0], views[1], splits[1], others, cells.bottom),
+    )
+
+
+def _inside(
+    running: ByteView, running_splits: Splits, standing: ByteView, splits: Splits, table: np.ndarray, bottom: int
+) -> Inside:
+    """Return what is known where a token of `running` runs over a boundary of `standing`, whose cells are `table`.
+
+    A token that the standing side would not split there is excluded: that side has a boundary. And a token of the
+    standing side leads on only if the running side would run over the boundary into it.
+    """
+
+    def cells_at(texts: Sequence[bytes], place: int) -> np.ndarray:
+        tokens = splits.at(texts, place)
+        found = np.where(tokens < 0, EXCLUDED, table[tokens])
+        found[(found == bottom) | (found == -1) | np.array([len(text) == place for text in texts])] = NO_CELL
+        return found
+
+    def runs_over(beginning: bytes, ids: np.ndarray) -> np.ndarray:
+        texts = [beginning + (standing.tokens[index] or b"") for index in ids.tolist()]
+        return running_splits.first_is_longer(texts, len(beginning))
+
+    return Inside(running, cells_at, table, runs_over)
