@@ -180,15 +180,20 @@ def _advantages(
 ) -> LossOutput:
     """Return a sum whose gradient is the policy gradient of the method's advantages.
 
-    Metrics (sums): `reverse_kl`, what the student's own text is likelier to it than to the teacher, in nats; `aligned`.
+    Metrics (sums): `reverse_kl`, what the student's own text is likelier to it than to the teacher, in nats; `aligned`;
+    `limited`, the share of tokens whose advantage was clamped, and `left_out`, that of spans too long to be judged.
     """
     read = _read(pair, student, teacher, batch, chunk_tokens)
     with torch.no_grad():
-        values = method.compare(read.student, read.teacher, read.tokens, read.span, **options)
+        found = method.compare(read.student, read.teacher, read.tokens, read.span, **options)
         first = read.weights[read.met.student.to(read.weights.device)]
         estimate = (first * (read.student - read.teacher)).sum()
-    total = surrogate(read.tokens, values, read.weights[read.own]) + read.anchor
-    return LossOutput(total, read.weights.sum(), {"reverse_kl": estimate} | _aligned(read.met, read.weights))
+        # What was clamped, and what was too long to be judged, as shares of tokens and of spans.
+        limited = torch.stack([found.limited, found.limited.new_tensor(len(read.tokens))]).to(estimate.dtype)
+        left_out = torch.stack([found.left_out, found.left_out.new_tensor(len(read.student))]).to(estimate.dtype)
+    total = surrogate(read.tokens, found.values, read.weights[read.own]) + read.anchor
+    metrics = {"reverse_kl": estimate, "limited": limited, "left_out": left_out}
+    return LossOutput(total, read.weights.sum(), metrics | _aligned(read.met, read.weights))
 
 
 class _Read(NamedTuple):

@@ -71,6 +71,12 @@ def run_training(
         _check_width("teacher", teacher, tokenizer if alignment is None else alignment.teacher_tokenizer)
     if alignment is not None:
         say(f"teacher and student have different tokenizers: {alignment.name} ({alignment.why})")
+        alone = objective.weights.keys() == {"soft_logits"}
+        if alone and not objective.options.get("soft_logits", {}).get("hard_label_weight"):
+            say(
+                "hint: give hard labels beside it (--loss soft_logits=1,hard_labels=1): only they teach which of a "
+                "text's tokens the student is to take"
+            )
     max_length = _max_length(config, model, teacher if alignment is None else None)
     width = model.get_output_embeddings().weight.shape[0]
     signals = None

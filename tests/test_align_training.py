@@ -110,6 +110,18 @@ def test_on_policy_with_a_permuted_vocabulary_is_plain_on_policy(recipe):
     assert_same(across, plain)
 
 
+def test_what_is_clamped_or_left_out_is_counted(tmp_path):
+    student, own, teacher, theirs = pair_of_models()
+    alignment = aligned("opd_scalar", own, theirs)
+    batch = collate(examples(alignment, tmp_path), pad_id=3)
+    mode = alignment.modes["on_policy"]
+    _, free = gradients(mode, student, teacher, batch, limit=None, longest=None)
+    assert (float(free["limited"][0]), float(free["left_out"][0])) == (0, 0)
+    _, tight = gradients(mode, student, teacher, batch, limit=1e-6, longest=1)
+    assert 0 < float(tight["limited"][0]) <= float(tight["limited"][1])
+    assert 0 < float(tight["left_out"][0]) < float(tight["left_out"][1])
+
+
 # -- nothing depends on the batch
 
 

@@ -58,7 +58,8 @@ class Method:
             "merged": ``f(student_logits (S, V_S), teacher of S rows, tables, *, student_prior (S,), teacher_prior (S,),
             options) -> (S,)``: the last row of each span, with the log-probability of its tokens before.
             "spans": ``f(student_logp (S,), teacher_logp (S,), *, options) -> (S,)``.
-            "advantages": ``f(student_logp (S,), teacher_logp (S,), token_logp (n,), span (n,), *, options) -> (n,)``,
+            "advantages": ``f(student_logp (S,), teacher_logp (S,), token_logp (n,), span (n,), *, options)
+            -> Advantages`` of n tokens,
             on the student's own completions only.
         compare: that function; its keyword-only arguments are the method's options.
         needs: the least that a teacher must say.

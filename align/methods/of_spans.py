@@ -152,7 +152,7 @@ def opd_tokens(
     spread: str = "share",
     limit: float | None = 10.0,
     longest: int | None = 6,
-) -> Tensor:
-    """Return (n,) advantages of the student's tokens: DPCA's; options: `align.methods.opd_scalar.to_tokens`."""
+) -> opd_scalar.Advantages:
+    """Return the advantages of the student's n tokens: DPCA's; options: `align.methods.opd_scalar.to_tokens`."""
     advantages = opd_scalar.opd_scalar(student_logp, teacher_logp)
-    return opd_scalar.to_tokens(advantages, token_logp, span, spread=spread, limit=limit, longest=longest).values
+    return opd_scalar.to_tokens(advantages, token_logp, span, spread=spread, limit=limit, longest=longest)
