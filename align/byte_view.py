@@ -42,12 +42,14 @@ class ByteView:
         special: id -> spelling of the special tokens, the marks of reasoning left out.
         kind: "byte-level" or "sentencepiece".
         leading_space: whether a text encoded from its beginning gets a space before it (sentencepiece's dummy prefix).
+        added: ids of added tokens that stand for text: found in it before all others, whatever is around them.
     """
 
     tokens: tuple[bytes | None, ...]
     special: dict[int, str]
     kind: str
     leading_space: bool
+    added: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -179,13 +181,14 @@ def _read(backend: Tokenizer, added: dict[int, AddedToken], name: str) -> ByteVi
     tokens: list[bytes | None] = [None] * (max([*vocabulary.values(), *added], default=-1) + 1)
     for spelling, index in vocabulary.items():
         tokens[index] = read(spelling)
-    special = {}
+    special, beside = {}, []
     for index, token in added.items():
         if token.special and token.content not in REASONING_MARKS:
             tokens[index], special[index] = None, token.content
         elif token.content not in vocabulary:  # Gemma adds `▁▁`, which its vocabulary also has: two spaces
             tokens[index] = token.content.encode()
-    return ByteView(tuple(tokens), special, kind, bool(openings(rules)))
+            beside.append(index)
+    return ByteView(tuple(tokens), special, kind, bool(openings(rules)), tuple(beside))
 
 
 def _encoder(tokenizer: Any, continued: bool) -> Tokenizer:

@@ -10,9 +10,10 @@ same outcomes, and merging outcomes never increases an f-divergence (data proces
     bytes begin with.
 `consistent_cells`
     CSPC: a cell is a connected component of "these tokens can begin the same text". Every teacher token is joined with
-    the first token that the student's own tokenizer makes of its bytes, and the other way round. What both models know
-    of the next bytes is then the same event on both sides, whichever way each of them splits it; which of the splits
-    is likelier is not compared, and no student is told to prefer its teacher's.
+    the first token that the student's own tokenizer makes of its bytes, and the other way round, also where they run
+    into a token that the other side has added (`<think>`). What both models know of the next bytes is then the same
+    event on both sides, whichever way each of them splits it; which of the splits is likelier is not compared, and no
+    student is told to prefer its teacher's.
 
 Cells are of *text*. The tokens that end an answer, on both sides, are one cell; special tokens with the same role are a
 cell per role; a cell that one side has no token for is pooled with all others like it, of both sides, in the *bottom*
@@ -134,10 +135,31 @@ def consistent_cells(
         begins = splits.first(own)
         ends = [other[index] if index >= 0 else None for index in begins.tolist()]
         _join(parent, node.of(own), node.of(ends))
+        _join(parent, *map(node.of, _before_added(own, splits)))
         if longest:
             _join(parent, node.of(own), node.of(longest_prefixes(own, shared)))
     labels = [_roots(parent, node.of(tokens)) for tokens in sides]
     return _cells(student, teacher, labels[0], labels[1], stops, specials)
+
+
+def _before_added(tokens: Sequence[bytes], splits: Splits) -> tuple[list[bytes], list[bytes]]:
+    """Return tokens of one side that run into an added token of the other, and what that side begins them with.
+
+    A tokenizer finds its added tokens first: where `</think>` is one, ".</think>" is "." and `</think>`, even if there
+    is a token ".</", with which a tokenizer that has no such mark begins.
+    """
+    others, running, begins = splits.view.tokens, [], []
+    for added in (others[index] or b"" for index in splits.view.added):
+        beginnings = tuple(added[:size] for size in range(1, len(added) + 1))
+        for token in tokens:
+            if token.endswith(beginnings):
+                size = max(len(each) for each in beginnings if token.endswith(each))
+                (first,) = splits.first([token[:-size]]).tolist() if len(token) > size else (-1,)
+                begin = added if len(token) == size else others[first] if first >= 0 else None
+                if begin:
+                    running.append(token)
+                    begins.append(begin)
+    return running, begins
 
 
 class _Nodes:

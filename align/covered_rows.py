@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from align.cell_rows import Tables, running_masses, running_teacher_masses
-from align.pooling import compare_rows, divergence_of, log_sum, pool
-from align.prefixes import Inside, Listed
+from align.cell_rows import Came, Tables, cell_that_came
+from align.pooling import beside, compare_rows, divergence_of, pool, pool_flat
+from align.prefixes import EXCLUDED, Inside, Listed
 from align.teacher_rows import Teacher
 from distill.divergences import NEVER
 
@@ -53,6 +53,7 @@ def covered_rows(
     *,
     divergence: str = "forward_kl",
     options: Mapping[str, Any] | None = None,
+    came: Came | None = None,
 ) -> Tensor:
     """Return ``(R,)`` divergences in nats between what two models say of the next bytes, by cell.
 
@@ -63,7 +64,7 @@ def covered_rows(
         student_logits: (n, V); rows of it are `places.student` and `places.student_before`, and both get a gradient.
         teacher: m rows.
         tables: with `finer` and `coarser`.
-        divergence, options: see `align.cell_rows.root_rows`.
+        divergence, options, came: see `align.cell_rows.root_rows`.
     """
     assert tables.finer is not None
     assert tables.coarser is not None
@@ -71,13 +72,18 @@ def covered_rows(
     wide = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
     own = pool(wide[places.student], cells.student, count).log_softmax(-1)
     longer = _longer(tables.coarser, places.student_token, count)
-    own, _ = _cover(own, None, *running_masses(wide, places.student_before, longer, count))
+    own, _ = _cover(own, None, longer, wide[places.student_before[longer.pair], longer.ids])
     now = teacher.rows(places.teacher)
+    known = now.log_masses(cells.teacher, count)
     longer = _longer(tables.finer, places.teacher_token, count)
-    before = running_teacher_masses(teacher, places.teacher_before, longer, cells.teacher, count)
-    others, rest = _cover(now.log_masses(cells.teacher, count), now.log_rest, *before)
-    compare = divergence_of(divergence, options)
-    return compare_rows(own, others, compare, teacher_rest=None if teacher.outcomes is None else rest)
+    longer, masses = _longer_of_teacher(teacher, places, longer, len(cells.teacher))
+    compare, taken = divergence_of(divergence, options), cell_that_came(cells, came)
+    if teacher.outcomes is None:  # both are whole distributions already
+        others, _ = _cover(known.log_softmax(-1), None, longer, masses)
+        return beside(compare(own, others), own, taken)
+    parts = torch.cat([known, now.log_rest[:, None]], -1).log_softmax(-1)
+    others, rest = _cover(parts[:, :-1], parts[:, -1], longer, masses)
+    return compare_rows(own, others, compare, teacher_rest=rest, came=taken)
 
 
 def _longer(inside: Inside, token: Tensor, count: int) -> Listed:
@@ -86,18 +92,47 @@ def _longer(inside: Inside, token: Tensor, count: int) -> Listed:
     return running._replace(cells=running.cells.where(running.cells >= 0, count))
 
 
-def _cover(now: Tensor, rest: Tensor | None, longer: Tensor, ended: Tensor) -> tuple[Tensor, Tensor | None]:
+def _longer_of_teacher(teacher: Teacher, places: Covered, longer: Listed, size: int) -> tuple[Listed, Tensor]:
+    """Return those of the longer tokens that the teacher speaks of in the rows before, and its (F,) log-masses.
+
+    Args:
+        size: ids of the teacher's vocabulary.
+    """
+    if teacher.logp is not None:
+        return longer, teacher.logp[places.teacher_before[longer.pair], longer.ids]
+    before = teacher.rows(places.teacher_before)
+    ids, logp = before.listed
+    cells = longer.cells_of(ids, size)
+    pair, place = ((cells != EXCLUDED) & (logp > NEVER)).nonzero(as_tuple=True)
+    return Listed(pair, ids[pair, place], cells[pair, place]), logp[pair, place]
+
+
+def _cover(now: Tensor, rest: Tensor | None, longer: Listed, masses: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return (R, C) log-masses of both ways, and (R,) of the rest; as they are where the last token has no mass.
 
     Args:
-        now, rest: (R, C) and (R,) what the row behind the last token says.
-        longer, ended: (R, C) and (R,) the row before it: of longer tokens by cell, and of those that end with it.
+        now, rest: (R, C) and (R,) what the row behind the last token says; with the rest, one distribution.
+        longer, masses: the F tokens of the row before that begin with the last token, and their log-masses.
     """
+    rows, count = now.shape
+    alike = torch.zeros_like(longer.pair)
+    total = pool_flat(masses, alike, longer.pair, 1, rows)[0]
+    goes_on = longer.cells < count
+    ended = pool_flat(masses[~goes_on], alike[~goes_on], longer.pair[~goes_on], 1, rows)[0]
     unknown = ended == NEVER
-    total = log_sum(torch.cat([longer, ended.masked_fill(unknown, 0.0)[:, None]], -1))
-    share = (ended.masked_fill(unknown, 0.0) - total).masked_fill(unknown, 0.0)
-    on = (longer - total[:, None]).masked_fill(unknown[:, None], NEVER)
-    now = now + share[:, None]
-    neither = (on == NEVER) & (now == NEVER)
-    both = torch.logaddexp(on.masked_fill(neither, 0.0), now.masked_fill(neither, 0.0)).masked_fill(neither, NEVER)
-    return both, None if rest is None else rest + share
+    share = ended.masked_fill(unknown, 0.0) - total.masked_fill(unknown, 0.0)
+    both, rest = now + share[:, None], None if rest is None else rest + share
+    goes_on = goes_on & ~unknown[longer.pair]
+    place, to = (longer.pair * count + longer.cells)[goes_on].unique(return_inverse=True)
+    if not len(place):
+        return both, rest
+    pair = place // count
+    on = pool_flat(masses[goes_on], alike[goes_on], to, 1, len(place))[0] - total[pair]
+    flat = both.flatten()
+    return flat.index_put((place,), _log_add(flat[place], on)).view_as(both), rest
+
+
+def _log_add(one: Tensor, other: Tensor) -> Tensor:
+    """Return log(e^one + e^other); -inf, and no slope, of two -inf."""
+    neither = (one == NEVER) & (other == NEVER)
+    return torch.logaddexp(one.masked_fill(neither, 0.0), other.masked_fill(neither, 0.0)).masked_fill(neither, NEVER)

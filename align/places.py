@@ -26,6 +26,7 @@ class Places:
         student_span: (N,) the span of each trained token, -1 for none.
         following: (N,) bool, whether the next trained row is that of the next token.
         student, teacher: (S,) the row of either side at the beginning of each span, of N and of M.
+        behind: (S,) bool, whether on both sides the row before that one predicts the token that ends there.
         interior: the boundaries inside tokens; empty where they were not asked for.
     """
 
@@ -36,6 +37,7 @@ class Places:
     following: Tensor
     student: Tensor
     teacher: Tensor
+    behind: Tensor
     interior: Interior
 
 
@@ -92,14 +94,19 @@ def places(batch: Batch, *, lengths: tuple[np.ndarray, np.ndarray] | None = None
         parts = (rows, place[inside.teacher], token, inside.cut, inside.coarser)
         order = np.argsort(rows, kind="stable")
         interior = Interior(*(torch.from_numpy(part[order]) for part in parts))
+    begins = index[row, begin], place[row * teacher_width + teacher_begin]
+    next_ = np.append(np.diff(others) == 1, False)[: len(others)]  # no span begins at the first token of a row
+    last = begins[0] - 1, begins[1] - 1
+    behind = (begins[0] > 0) & (begins[1] > 0) & following[last[0]] & (student_span[last[0]] >= 0) & next_[last[1]]
     return Places(
         teacher_rows=torch.from_numpy(others // teacher_width),
         teacher_positions=torch.from_numpy(others % teacher_width),
         span=torch.from_numpy(span),
         student_span=torch.from_numpy(student_span),
         following=torch.from_numpy(following),
-        student=torch.from_numpy(index[row, begin]),
-        teacher=torch.from_numpy(place[row * teacher_width + teacher_begin]),
+        student=torch.from_numpy(begins[0]),
+        teacher=torch.from_numpy(begins[1]),
+        behind=torch.from_numpy(behind),
         interior=interior,
     )
 

@@ -31,13 +31,13 @@ def pool(logits: Tensor, index: Tensor, cells: int) -> Tensor:
     index = index.masked_fill(index < 0, cells).expand(len(logits), -1)
     size = (len(logits), cells + 1)
     top = _finite(logits.detach().amax(-1, keepdim=True))
-    mass = logits.new_zeros(size).scatter_add(1, index, (logits - top).exp())
+    mass = logits.new_zeros(size).scatter_add(1, index, (logits - top).exp())[:, :cells]
+    if not bool((mass < torch.finfo(mass.dtype).tiny).any()):
+        return top + mass.log()
     # Below the smallest normal number a sum has lost digits: then each cell is measured from its own largest.
-    if bool((mass[:, :cells] < torch.finfo(mass.dtype).tiny).any()):
-        tops = _finite(logits.new_full(size, NEVER).scatter_reduce(1, index, logits.detach(), "amax"))
-        mass = logits.new_zeros(size).scatter_add(1, index, (logits - tops.gather(1, index)).exp())
-        top = tops[:, :cells]
-    mass = mass[:, :cells]
+    tops = _finite(logits.new_full(size, NEVER).scatter_reduce(1, index, logits.detach(), "amax"))
+    mass = logits.new_zeros(size).scatter_add(1, index, (logits - tops.gather(1, index)).exp())[:, :cells]
+    top = tops[:, :cells]
     nothing = mass == 0
     return (top + mass.masked_fill(nothing, 1.0).log()).masked_fill(nothing, NEVER)
 
@@ -60,6 +60,7 @@ def compare_rows(
     student_rest: Tensor | None = None,
     teacher_rest: Tensor | None = None,
     conditional: bool = False,
+    came: Tensor | None = None,
 ) -> Tensor:
     """Return ``(n,)`` divergences of two models' cells.
 
@@ -67,13 +68,16 @@ def compare_rows(
     outcome.
 
     Args:
+        came: (n,) int64, the cell that the text took: its log-probability by the student is added (see
+            `align.methods.cspc`). C is the rest; a row of -1, or one that knows nothing of where its text went, is 0.
         conditional: where only one side has mass there, leave it out and compare what both share, which is 0 if they
             share nothing. Otherwise such a mass is compared with none.
         student, teacher: (n, C) log-masses, normalised or not, which does not matter.
         student_rest, teacher_rest: (n,) log-masses, on the same scale, of what lies in no cell or in an unknown one.
     """
     if student_rest is None and teacher_rest is None:
-        return compare(student.log_softmax(-1), teacher.log_softmax(-1))
+        own, others = student.log_softmax(-1), teacher.log_softmax(-1)
+        return beside(compare(own, others), own, came)
     known = (student > NEVER) & (teacher > NEVER)
     rests = [_rest(side, known, rest) for side, rest in ((student, student_rest), (teacher, teacher_rest))]
     one_sided = conditional & ((rests[0] == NEVER) | (rests[1] == NEVER))
@@ -84,7 +88,21 @@ def compare_rows(
         .log_softmax(-1)
         for side, rest in ((student, rests[0]), (teacher, rests[1]))
     ]
-    return compare(*sides)
+    if came is None:
+        return compare(*sides)
+    last = student.shape[-1]
+    padded = torch.cat([known, torch.zeros_like(nothing)[:, None]], -1)
+    outcome = came.where(padded.gather(-1, came.clamp(min=0)[:, None])[:, 0], last)
+    counts = (came >= 0) & ~(one_sided & (outcome == last))
+    return beside(compare(*sides), sides[0], outcome.masked_fill(~counts, -1))
+
+
+def beside(values: Tensor, student: Tensor, came: Tensor | None) -> Tensor:
+    """Add the student's (n, C) log-probability of the cell that came to values (n,); a row of -1 is 0."""
+    if came is None:
+        return values
+    own = student.gather(-1, came.clamp(min=0)[:, None])[:, 0]
+    return torch.where(came >= 0, values + own, torch.zeros_like(values))
 
 
 def log_sum(masses: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 A `Comparison` is a list of the student's rows, each with a row of the teacher's: where both have a token boundary,
 where one of them has one inside a token of the other (`align.places`), or whatever else a method looks at. A row of the
 student may be in none, one or several; its value is their sum. The kernels run under autograd on a block of the
-student's logits, and its gradient is written in their place, as `distill.fused` asks of a target.
+student's logits, and its gradient is written in their place, as `distill.fused` asks of a target. A kernel may also
+read the row before each of its own: blocks come from the last to the first, and what the row before a block owes to it
+is kept until that row's own block comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +24,8 @@ from distill.fused_heads import projection, vocabulary_width
 from distill.head import Head
 from distill.supports import check_width
 
-# (student_logits (n, V_S), (p,) rows of them, teacher of m rows, (p,) rows of it, which of the P) -> (p,) nats
+# (student_logits (n, V_S), (p,) rows of them, teacher of m rows, (p,) rows of it, which of the P) -> (p,) nats; one
+# that asks no teacher must not look at its rows
 Kernel = Callable[[Tensor, Tensor, Teacher, Tensor, slice | Tensor], Tensor]
 
 
@@ -32,15 +35,17 @@ class Comparison:
 
     Attributes:
         student: (P,) int64 of the N trained rows, ascending; on the CPU.
-        teacher: (P,) int64 of the teacher's M rows; on the CPU.
+        teacher: (P,) int64 of the teacher's M rows; on the CPU. None where the teacher is not asked.
         kernel: compares those in a block.
         weight: of its values, beside other comparisons.
+        reach: how many rows before these the kernel reads on both sides, 0 or 1.
     """
 
     student: Tensor
-    teacher: Tensor
+    teacher: Tensor | None
     kernel: Kernel
     weight: float = 1.0
+    reach: int = 0
 
 
 class Source(Protocol):
@@ -105,14 +110,22 @@ class Target:
     Attributes:
         source: what the teacher says.
         comparisons: which rows meet, and how.
+        weights: (N,) of the student's rows.
         temperature: divides the student's logits.
         block_rows: rows compared at once.
     """
 
     source: Source
     comparisons: Sequence[Comparison]
+    weights: Tensor
     temperature: float
     block_rows: int
+    _owed: Tensor | None = None  # (V,) to the last row that comes next
+
+    @property
+    def reach(self) -> int:
+        """How many rows before a block are read."""
+        return max(each.reach for each in self.comparisons)
 
     def load(self, piece: slice) -> None:
         """Make ready what the teacher says to a chunk of the student's rows."""
@@ -120,41 +133,61 @@ class Target:
         if rows.stop > rows.start:
             self.source.load(rows)
 
-    def compare(self, student: Tensor, first: int, rows: slice, picked: slice) -> dict[str, Tensor]:
+    def compare(
+        self, student: Tensor, first: int, rows: slice, picked: slice, before: Tensor | None
+    ) -> dict[str, Tensor]:
         """Return the values of a block, (n,) as `divergence`, and leave the gradient in place of its logits."""
         values = student.new_zeros(len(student))
-        for start in range(0, len(student), self.block_rows):
-            block = slice(start, min(start + self.block_rows, len(student)))
-            self._compare(student[block], values[block], rows.start + start)
+        for start in reversed(range(0, len(student), self.block_rows)):
+            stop = min(start + self.block_rows, len(student))
+            if not self.reach:
+                block, lead = student[start:stop], 0
+            elif start:
+                block, lead = student[start - 1 : stop], 1
+            else:
+                block = student[:stop] if before is None else torch.cat([before, student[:stop]])
+                lead = len(block) - stop
+            gradient = self._compare(block, values[start:stop], rows.start + start, lead)
+            if self._owed is not None:
+                gradient[-1] += self._owed
+            self._owed = gradient[0].clone() if lead else None
+            student[start:stop] = gradient[lead:]
         return {"divergence": values}
 
-    def _compare(self, student: Tensor, values: Tensor, start: int) -> None:
-        here = slice(start, start + len(student))
-        needed = self._teacher_rows(here)
-        if needed.stop <= needed.start:
-            student.zero_()
-            return
-        teacher, device = self.source.rows(needed), student.device
+    def _compare(self, student: Tensor, values: Tensor, start: int, lead: int) -> Tensor:
+        """Fill the values (n,) of rows from `start` on; return the gradient by logits (lead + n, V)."""
+        here = slice(start, start + len(values))
         with torch.enable_grad():
             leaf = student.detach().requires_grad_()
             logits = leaf if self.temperature == 1.0 else leaf / self.temperature
-            parts = []
-            for each in self.comparisons:
-                piece = _within(each.student, here)
-                if piece.stop > piece.start:
-                    own = (each.student[piece] - start).to(device)
-                    others = (each.teacher[piece] - needed.start).to(device)
-                    parts.append((own, each.weight * each.kernel(logits, own, teacher, others, piece)))
-            total = torch.stack([value.sum() for _, value in parts]).sum()
-            (gradient,) = torch.autograd.grad(total, leaf)
-        student.copy_(gradient)
+            parts = list(self._values(logits, here, lead))
+            if not parts:
+                return torch.zeros_like(student)
+            # A row's gradient is multiplied by its own weight later, whichever row's value it is of.
+            weights = self.weights[here.start - lead : here.stop] if self.reach else None
+            sums = [value.sum() if weights is None else weights[own] @ value for own, value in parts]
+            (gradient,) = torch.autograd.grad(torch.stack(sums).sum(), leaf)
         for own, value in parts:
-            values.index_add_(0, own, value.detach().to(values.dtype))
+            values.index_add_(0, own - lead, value.detach().to(values.dtype))
+        return gradient if weights is None else gradient.div_(weights[:, None])
+
+    def _values(self, logits: Tensor, here: slice, lead: int) -> Iterator[tuple[Tensor, Tensor]]:
+        needed, device = self._teacher_rows(here), logits.device
+        teacher = self.source.rows(needed)
+        for each in self.comparisons:
+            piece = _within(each.student, here)
+            if piece.stop > piece.start:
+                own = (each.student[piece] - here.start + lead).to(device)
+                others = own if each.teacher is None else (each.teacher[piece] - needed.start).to(device)
+                yield own, each.weight * each.kernel(logits, own, teacher, others, piece)
 
     def _teacher_rows(self, piece: slice) -> slice:
         """Return the teacher's rows between the first and the last that some rows of the student meet."""
-        rows = torch.cat([each.teacher[_within(each.student, piece)] for each in self.comparisons])
-        return slice(int(rows.min()), int(rows.max()) + 1) if len(rows) else slice(0, 0)
+        asked = [each for each in self.comparisons if each.teacher is not None]
+        rows = [each.teacher[_within(each.student, piece)] - each.reach for each in asked]  # type: ignore[index]
+        rows += [each + most.reach for each, most in zip(rows, asked, strict=True)]
+        met = torch.cat(rows)
+        return slice(int(met.min()), int(met.max()) + 1) if len(met) else slice(0, 0)
 
 
 def rows_loss(

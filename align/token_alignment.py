@@ -43,6 +43,11 @@ class TokenAlignment:
         """What the teacher's ids belong to."""
         return self.teacher.tokenizer
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the method teaches the text's own tokens, too."""
+        return lookup(METHODS, self.name, "alignment").labelled
+
     @cached_property
     def specials(self) -> Mapping[int, int]:
         """Student id -> teacher id of special tokens that mean the same."""

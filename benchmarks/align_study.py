@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "data" / "align-study.jsonl"
 SEEDS = 5
 TRACES, STEPS, BATCH, RATE = 150, 150, 16, 7e-4
-QUESTIONS, COMPLETION = 200, 80
+TEXTS, QUESTIONS, COMPLETION = 200, 50, 80  # read for bits per byte; answered
 DIRECTIONS = {"digits < merged": ("digits", "merged"), "merged < digits": ("merged", "digits")}  # student < teacher
 FLOOR, CEILING = "hard labels", "same vocabulary"
 
@@ -68,16 +68,22 @@ CROSSING = {
     "cspc": Arm(align="cspc"),
 }
 HARD_WEIGHTS = (0.0, 1.0)
+# What each part of our own brings: without it.
+WITHOUT = {
+    "cspc, no labels": Arm(align="cspc", options=("soft_logits.labels=false",)),
+    "cspc, plain roots": Arm(align="cspc", options=("soft_logits.covered=false",)),
+    "cspc, nothing inside": Arm(align="cspc", options=("soft_logits.interior=false",)),
+}
 
 
 def arms() -> dict[str, Arm]:
-    """Return the arms by name: floor, ceiling, and every method with and without hard labels beside it."""
+    """Return the arms by name: floor, ceiling, every method with and without hard labels beside it, and our parts."""
     found = {FLOOR: Arm(), CEILING: Arm(align="identity")}
     for name, arm in ((CEILING, found[CEILING]), *CROSSING.items()):
         for weight in HARD_WEIGHTS:
             label = f"{name} + hard" if weight else name
             found[label] = Arm(align=arm.align, options=arm.options, hard=weight)
-    return found
+    return found | WITHOUT
 
 
 # -- running
@@ -87,7 +93,7 @@ def run_one(world: World, direction: str, name: str, seed: int) -> dict[str, Any
     """Train and evaluate one student by the command line's own commands; return what its line of the results says."""
     arm, (student, other) = arms()[name], DIRECTIONS[direction]
     base, traces = world.base(student, seed), world.traces(seed, TRACES)
-    held, nats = world.heldout(QUESTIONS)
+    (held, nats), (asked, _) = world.heldout(TEXTS), world.heldout(QUESTIONS)
     with tempfile.TemporaryDirectory(dir=world.work) as folder:
         out, judged = Path(folder) / "student", Path(folder) / "eval"
         words = ["train", "--student", base, "--data", traces, "--out", out, "--seed", seed]
@@ -103,20 +109,9 @@ def run_one(world: World, direction: str, name: str, seed: int) -> dict[str, Any
         began = time.process_time()
         command(words)
         trained = time.process_time() - began
-        words = [
-            "eval",
-            "--model",
-            out,
-            "--prompts",
-            held,
-            "--text",
-            held,
-            "--out",
-            judged,
-            "--backend",
-            "transformers",
-        ]
-        command([*words, "--temperature", 0, "--max-completion-length", COMPLETION, "--concurrency", QUESTIONS])
+        words = ["eval", "--model", out, "--prompts", asked, "--text", held, "--out", judged]
+        words += ["--backend", "transformers", "--temperature", 0, "--max-completion-length", COMPLETION]
+        command([*words, "--concurrency", QUESTIONS])
         found = json.loads((judged / "eval.json").read_text(encoding="utf-8"))
     return {
         "excess": found["bits_per_byte"] - nats / math.log(2) / found["bytes"],

@@ -27,12 +27,18 @@ class Alignment(Protocol):
         why: one line: what decided for it.
         teacher_tokenizer: what the teacher's ids belong to.
         modes: what stands in for the loss modes that ask a teacher: name -> mode.
+        labelled: whether `soft_logits` also teaches the text's own tokens, with the options it has by default.
     """
 
     name: str
     why: str
     teacher_tokenizer: Any
     modes: Mapping[str, LossMode]
+
+    @property
+    def labelled(self) -> bool:
+        """See the class."""
+        ...
 
     def pair(
         self, example: Example, conversation: list[Message] | tuple[str, str], *, sampled: np.ndarray | None = None

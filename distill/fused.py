@@ -165,25 +165,30 @@ class _Job:
 
     def run(self) -> Tensor:
         """Return the total (), leave the metrics here and the gradients with the student."""
-        count = len(self.weights)
-        logits = self.weights.new_empty(min(self.chunk, count), self.columns)
+        count, reach = len(self.weights), 0 if self.target is None else self.target.reach
+        logits = self.weights.new_empty(min(self.chunk, count) + reach, self.columns)
         block = max(1, (CPU_BLOCK if logits.device.type == "cpu" else GPU_BLOCK) // self.columns)
         # Constants of a row are multiplied to its hidden state's side of the products, not to its logits.
         factor = self.weights * (self.slope or self.hard) * self.head.scale
         trains = any(gradient is not None for gradient in self.student.gradients)
-        for start in range(0, max(1, count), self.chunk):  # of no rows once, for the metrics' names
-            piece = slice(start, min(start + self.chunk, count))
-            chunk = logits[: piece.stop - start]
-            self.student.project(piece, chunk)
+        # From the last row to the first, so that what a row owes to the one behind it is known when its turn comes. Of
+        # no rows once, for the metrics' names.
+        for start in reversed(range(0, max(1, count), self.chunk)):
+            stop, lead = min(start + self.chunk, count), min(start, reach)
+            whole = logits[: stop - start + lead]
+            self.student.project(slice(start - lead, stop), whole)
+            chunk = whole[lead:]
             if self.target is not None:
-                self.target.load(piece)
-            for first in range(0, max(1, len(chunk)), block):
-                self._block(chunk[first : first + block], first, start + first)
-            if trains:
-                self.student.pull_back(piece, chunk, factor[piece])
+                self.target.load(slice(start, stop))
+            for first in reversed(range(0, max(1, len(chunk)), block)):
+                before = whole[first + lead - reach : first + lead] if reach and start + first else None
+                self._block(chunk[first : first + block], first, start + first, before)
+            if trains:  # the leading row's turn is yet to come: nothing of it is pulled back here
+                whole[:lead] = 0.0
+                self.student.pull_back(slice(start - lead, stop), whole, factor[start - lead : stop])
         return self._sums()
 
-    def _block(self, logits: Tensor, first: int, start: int) -> None:
+    def _block(self, logits: Tensor, first: int, start: int, before: Tensor | None) -> None:
         # `first` is the block's first row in the chunk, `start` in all rows. Leaves the gradient by the head's products
         # in `logits`, but for the factor of the row.
         rows = slice(start, start + len(logits))
@@ -194,7 +199,9 @@ class _Job:
             p, numbers = cross_entropy(logits, self.labels[rows])
         if self.target is not None:
             picked = slice(-start % self._distance, None, self._distance)
-            numbers |= self.target.compare(logits[:, : self.outcomes], first, rows, picked)
+            if before is not None:
+                before = self.head.transform_(before.clone())[:, : self.outcomes]
+            numbers |= self.target.compare(logits[:, : self.outcomes], first, rows, picked, before)
         if self.hard:
             unit = self.hard / self.slope if self.target is not None else 1.0
             logits[:, self.outcomes :] = 0.0

@@ -25,13 +25,28 @@ OVERLAP_OUTCOMES = 8
 
 
 class Target(Protocol):
-    """What the student's rows are compared with, a chunk and then a block at a time."""
+    """What the student's rows are compared with, a chunk and then a block at a time, from the last row to the first.
+
+    Attributes:
+        reach: how many rows before its own a block is compared with, 0 or 1. What these owe to it, the target adds to
+            their gradient when their own block comes. Every row's gradient is multiplied by its own weight afterwards.
+    """
+
+    @property
+    def reach(self) -> int:
+        """See the class."""
 
     def load(self, piece: slice) -> None:
         """Make ready what is compared with a chunk of the N rows."""
 
-    def compare(self, student: Tensor, first: int, rows: slice, picked: slice) -> dict[str, Tensor]:
-        """Compare a block of logits (n, V), and leave the gradient of `divergence` in their place: see `Running`."""
+    def compare(
+        self, student: Tensor, first: int, rows: slice, picked: slice, before: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Compare a block of logits (n, V), and leave the gradient of `divergence` in their place: see `Running`.
+
+        Args:
+            before: (reach, V) logits of the rows before; None if there are none.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +121,8 @@ class Running:
         top_k: compare the K most likely outcomes and the tail; None compares whole rows.
     """
 
+    reach = 0
+
     def __init__(
         self, comparison: Comparison, teacher: Projection, head: Head, buffer: Tensor, top_k: int | None
     ) -> None:
@@ -115,7 +132,9 @@ class Running:
         """Project the rows of a chunk."""
         self.teacher.project(piece, self.buffer[: piece.stop - piece.start])
 
-    def compare(self, student: Tensor, first: int, rows: slice, picked: slice) -> dict[str, Tensor]:
+    def compare(
+        self, student: Tensor, first: int, rows: slice, picked: slice, before: Tensor | None
+    ) -> dict[str, Tensor]:
         """Compare a block: see `Comparison`; also by name, (n,) each, what agrees.
 
         Args:
@@ -141,13 +160,17 @@ class Stored:
         ranked: whether a row's outcomes are the teacher's most likely, in order.
     """
 
+    reach = 0
+
     def __init__(self, comparison: Comparison, outcomes: Outcomes, *, ranked: bool) -> None:
         self.comparison, self.outcomes, self.ranked = comparison, outcomes, ranked
 
     def load(self, piece: slice) -> None:
         """There is nothing to project."""
 
-    def compare(self, student: Tensor, first: int, rows: slice, picked: slice) -> dict[str, Tensor]:
+    def compare(
+        self, student: Tensor, first: int, rows: slice, picked: slice, before: Tensor | None
+    ) -> dict[str, Tensor]:
         """Compare a block: see `Running.compare`."""
         outcomes = self.outcomes.rows(rows)
         numbers = {}

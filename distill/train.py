@@ -72,7 +72,7 @@ def run_training(
     if alignment is not None:
         say(f"teacher and student have different tokenizers: {alignment.name} ({alignment.why})")
         alone = objective.weights.keys() == {"soft_logits"}
-        if alone and not objective.options.get("soft_logits", {}).get("hard_label_weight"):
+        if alone and not alignment.labelled and not objective.options.get("soft_logits", {}).get("hard_label_weight"):
             say(
                 "hint: give hard labels beside it (--loss soft_logits=1,hard_labels=1): only they teach which of a "
                 "text's tokens the student is to take"

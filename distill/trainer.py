@@ -40,7 +40,7 @@ from distill.ledger import forward_flops
 from distill.losses.mixture import Mixture
 from distill.models import context_length
 from distill.rollouts import Rollouts
-from distill.tally import Tally
+from distill.tally import SQUARES, TOKENS, Tally
 
 STAGING = ".saving"
 TEACHER_TOKENS, TEACHER_SQUARES = "teacher_tokens", "teacher_squares"  # of a teacher that reads other ones
@@ -252,6 +252,10 @@ class DistillTrainer(Trainer):
         if total:  # it reads its own tokens
             ledger["flops"] += forward_flops(teacher, total, squares / total / 2)
             ledger["teacher_tokens"] = int(total)
+            read = {"student": (TOKENS, SQUARES), "teacher": (TEACHER_TOKENS, TEACHER_SQUARES)}
+            for config, whose in self.loss.scorers:
+                count, square = (float(self.tally.reduce(self.tally.totals[name])) for name in read[whose])
+                ledger["flops"] += forward_flops(config, count, square / count / 2)
         return ledger
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

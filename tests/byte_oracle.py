@@ -95,6 +95,11 @@ class ExactModel:
         """Return the probability of all texts whose tokens, with the end, begin like that."""
         return self._mass[begun]
 
+    def probabilities(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Yield every beginning of tokens with the (V,) probabilities of the next, float64."""
+        for begun, row in self._next.items():
+            yield begun, torch.from_numpy(row)
+
     def rows(self, text: str) -> Tensor:
         """Return (T + 1, V) log-probabilities, float64: before each token of a text, and before its end."""
         ids = self.ids(text)

@@ -18,7 +18,11 @@ from two_tokenizers import aligned, answers, bpe, merged, pair_of_models, permut
 
 from align import METHODS
 from align.byte_view import byte_view
+from align.cell_rows import Came, interior_rows, root_rows
+from align.covered_rows import Covered, covered_rows
 from align.places import places
+from align.prefixes import Pairs
+from align.teacher_rows import Teacher
 from distill.batch import Batch, collate
 from distill.config import TrainConfig
 from distill.dataset import load_examples
@@ -27,6 +31,7 @@ from distill.forward import read_head, run
 from distill.losses import LOSSES, LossMode
 from distill.losses.mixture import Mixture
 from distill.render import Example
+from distill.tables import bind
 from distill.train import run_training
 
 EXACT = ("cspc", "shared_kl", "bpm", "xtoken", "mined")  # with a permuted vocabulary they are the KL of whole rows
@@ -122,6 +127,82 @@ def test_what_is_clamped_or_left_out_is_counted(tmp_path):
     assert 0 < float(tight["left_out"][0]) < float(tight["left_out"][1])
 
 
+def weak_folder(tmp_path: Path, tokenizer: Any, **shape: Any) -> Path:
+    folder = tmp_path / "weak"
+    tiny_model(seed=4, vocab_size=len(tokenizer), **shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_weak_reference_gives_compass_opds_advantage(tmp_path):
+    student, own, teacher, theirs = pair_of_models()
+    alignment = aligned("opd_scalar", own, theirs)
+    batch = collate(examples(alignment, tmp_path), pad_id=3)
+    mode = alignment.modes["on_policy"]
+    folder = weak_folder(tmp_path, theirs)
+    inner = mode.inner(student, teacher, weak_reference=str(folder), alpha=0.3)
+    initial = copy.deepcopy(student)
+    with torch.no_grad():  # the student has moved since
+        for weight in student.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    options = {"alpha": 0.3, "limit": None, "longest": None, "spread": "whole"}
+    passed = run(student, read_head(student, "student"), batch)
+    with torch.no_grad():
+        said = run(teacher, read_head(teacher, "teacher"), batch.other.batch())
+    (mode.fn(passed, said, batch, inner=inner, **options).total / 100).backward()
+    found = {name: weight.grad.clone() for name, weight in student.named_parameters() if weight.grad is not None}
+    student.zero_grad()
+    # The same from whole logits, span by span.
+    weak = tiny_model(seed=4, vocab_size=len(theirs))
+
+    def likelihoods(model: Any, ids: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
+        logp = model(input_ids=ids, attention_mask=mask).logits[:, :-1, :width].log_softmax(-1)
+        return torch.nn.functional.pad(logp.gather(-1, ids[:, 1:, None])[..., 0], (1, 0))
+
+    other = batch.other
+    mine = likelihoods(student, batch.input_ids, batch.attention_mask, len(own))
+    with torch.no_grad():
+        first = likelihoods(initial, batch.input_ids, batch.attention_mask, len(own))
+        strong, small = (
+            likelihoods(model, other.input_ids, other.attention_mask, len(theirs)) for model in (teacher, weak)
+        )
+    total = 0.0
+    for row, begin, end, theirs_begin, theirs_end in other.spans.tolist():
+        there = slice(theirs_begin, theirs_end)
+        gain = (strong[row, there] - small[row, there]).sum()
+        held = (mine[row, begin:end].detach() - first[row, begin:end]).sum()
+        total = total - (gain - 0.3 * held) * mine[row, begin:end].sum()
+    (total / 100).backward()
+    assert_same(found, {name: weight.grad for name, weight in student.named_parameters()})
+
+
+def test_a_weak_reference_is_held_through_a_resume_and_refused_where_it_reads_other_tokens(recipe, tmp_path):
+    _, own, teacher, theirs = pair_of_models()
+    folder = weak_folder(tmp_path, theirs)
+    chosen = {"set": [f"on_policy.weak_reference={folder}", "on_policy.alpha=0.5"], "max_steps": 4, "save_steps": 2}
+    alignment = aligned("opd_scalar", own, theirs)
+    whole = recipe("whole", "on-policy", **chosen)
+    expected = trained(whole, teacher, alignment)
+    stopped = recipe("stopped", "on-policy", resume=True, **chosen)
+    shutil.copytree(whole.out, stopped.out)
+    (stopped.out / "run.json").unlink()
+    shutil.rmtree(stopped.out / "checkpoints/checkpoint-4")
+    again = trained(stopped, teacher, alignment)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    plain = recipe("without", "on-policy", max_steps=4)
+    without = trained(plain, teacher, alignment)
+    costs = [metrics(config.out)[0] for config in (whole, plain)]  # one step: both drew the same completions
+    assert costs[0]["tokens"] == costs[1]["tokens"]
+    assert costs[0]["flops"] > 1.1 * costs[1]["flops"]  # the two further models' passes are counted
+    assert any(not torch.equal(without[name], expected[name]) for name in expected)
+    mode = alignment.modes["on_policy"]
+    own.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"the weak reference .* has another tokenizer than the teacher"):
+        mode.inner(tiny_model(), teacher, weak_reference=str(folder))
+    with pytest.raises(UserError, match=r"alpha=0.5 weighs what weak_reference=MODEL is compared with"):
+        trained(recipe("alone", "on-policy", set=["on_policy.alpha=0.5"]), teacher, alignment)
+
+
 # -- nothing depends on the batch
 
 
@@ -207,38 +288,70 @@ def test_hard_labels_ride_along(tmp_path, method):
     (0.5 * output.total / 100).backward()
     total = float(output.total.detach())
     hard = {f"student.{name}": weight.grad for name, weight in student.named_parameters()}
-    assert_same(both, {name: soft[name] + hard[name] for name in soft})
+    assert_same(both, {name: soft[name] + hard.get(name, 0) for name in soft})
     assert float(numbers["cross_entropy"]) == pytest.approx(total, rel=1e-5)
 
 
-def test_the_target_is_the_kernels_under_autograd(tmp_path):
-    """Root and interior rows of CSPC over all logits at once, differentiated by autograd."""
-    from align.cell_rows import interior_rows, root_rows
-    from align.prefixes import Pairs
-    from align.teacher_rows import Teacher
-
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_target_is_the_kernels_under_autograd(tmp_path, divergence, turned):
+    """All rows of CSPC over all logits at once, differentiated by autograd; with forward KL those of labels, too."""
     student, own, teacher, theirs = pair_of_models()
+    if turned:
+        student, own, teacher, theirs = teacher, theirs, student, own
     alignment = aligned("cspc", own, theirs)
     batch = collate(examples(alignment, tmp_path), pad_id=3)
     mode = alignment.modes["soft_logits"]
-    found, numbers = gradients(mode, student, teacher, batch, interior_weight=0.5, divergence="jsd")
+    found, numbers = gradients(mode, student, teacher, batch, interior_weight=0.5, divergence=divergence)
     tables = mode.inner(student, teacher).plan
     met, trained_rows = places(batch, lengths=(_lengths(own), _lengths(theirs))), batch.trained()
     assert len(met.interior.cut) > 10
-    assert not met.interior.coarser.any()  # bytes are finer than anything
+    assert (met.interior.coarser == turned).all()  # bytes are finer than anything
     student.zero_grad()
     logits = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1][trained_rows.rows]
     with torch.no_grad():
         said = teacher(input_ids=batch.other.input_ids, attention_mask=batch.other.attention_mask).logits
-    rows_of_teacher = Teacher.dense(said[met.teacher_rows, met.teacher_positions - 1], num_outcomes=len(theirs))
-    root = root_rows(logits[met.student], rows_of_teacher.rows(met.teacher), tables, divergence="jsd")
+    who = Teacher.dense(said[met.teacher_rows, met.teacher_positions - 1], num_outcomes=len(theirs))
+    came = Came(trained_rows.labels, batch.other.input_ids[met.teacher_rows, met.teacher_positions])
+
+    def at(own_rows: torch.Tensor, others: torch.Tensor) -> dict[str, Any]:
+        next_ = Came(came.student[own_rows], came.teacher[others]) if divergence == "forward_kl" else None
+        return {"divergence": divergence, "came": next_}
+
+    first, later = ~met.behind, met.behind
+    assert first.sum() == len(batch.input_ids)  # the first of every answer
+    one, other = met.student[first], met.teacher[first]
+    total = root_rows(logits[one], who.rows(other), tables, **at(one, other)).sum()
+    one, other = met.student[later], met.teacher[later]
+    tokens = came.student[one - 1], came.teacher[other - 1]
+    covered = Covered(one, other, one - 1, other - 1, *tokens)
+    total = total + covered_rows(logits, who, tables, covered, **at(one, other)).sum()
     inside = met.interior
     pairs = Pairs(inside.student, inside.teacher, inside.token, inside.cut, inside.coarser)
-    within = interior_rows(logits, rows_of_teacher, tables, pairs, divergence="jsd")
-    total = root.sum() + 0.5 * within.sum()
+    total = total + 0.5 * interior_rows(logits, who, tables, pairs, **at(pairs.student, pairs.teacher)).sum()
+    if divergence == "forward_kl":
+        width = len(own)
+        total = total + torch.nn.functional.cross_entropy(logits[:, :width], trained_rows.labels, reduction="sum")
     (total / 100).backward()
     assert float(numbers["total"]) == pytest.approx(float(total.detach()), rel=1e-4)
     assert_same(found, {f"student.{name}": weight.grad for name, weight in student.named_parameters()})
+
+
+def test_labels_stand_for_forward_kl_alone(tmp_path):
+    student, own, teacher, theirs = pair_of_models()
+    alignment = aligned("cspc", own, theirs)
+    batch = collate(examples(alignment, tmp_path), pad_id=3)
+    mode = alignment.modes["soft_logits"]
+    for options in ({"divergence": "reverse_kl"}, {"temperature": 2.0}):
+        plain, _ = gradients(mode, student, teacher, batch, **options)
+        without, _ = gradients(mode, student, teacher, batch, labels=False, **options)
+        assert_same(plain, without)
+        with pytest.raises(UserError, match=r"labels=true with .* at temperature .*take labels=false"):
+            gradients(mode, student, teacher, batch, labels=True, **options)
+    bind(mode.fn, {"temperature": 2.0, "labels": False, "chunk_tokens": 3}, "soft_logits")  # options that it names
+    default, _ = gradients(mode, student, teacher, batch)
+    without, _ = gradients(mode, student, teacher, batch, labels=False)
+    assert max(float((default[name] - without[name]).abs().max()) for name in default) > 1e-3
 
 
 def _lengths(tokenizer: Any) -> Any:
@@ -250,7 +363,9 @@ def _lengths(tokenizer: Any) -> Any:
 
 @pytest.mark.parametrize("mode", ["soft-logits", "on-policy", "features", "relations"])
 def test_training_across_tokenizers_learns(recipe, mode):
+    """From a teacher that writes as its tokenizer splits, which one of random weights does not."""
     _, own, teacher, theirs = pair_of_models()
+    run_training(recipe("teacher", "hard-labels", learning_rate=1e-2, max_steps=30), model=teacher, tokenizer=theirs)
     settings = {"max_steps": 16, "max_completion_length": 12}
     config = recipe("learns", mode, learning_rate=1e-2, **settings)
     trained(config, teacher, aligned("auto", own, theirs))
@@ -283,6 +398,15 @@ def test_the_run_says_how_it_was_aligned(recipe, capsys):
     assert run_file["alignment"]["method"] == "cspc"
     assert run_file["alignment"]["why"] in capsys.readouterr().err
     assert run_file["ledger"]["tokens"] > run_file["ledger"]["teacher_tokens"] > 0  # the teacher's are longer
+
+
+@pytest.mark.parametrize("method", ["cspc", "alm", "bpm"])
+def test_a_loss_that_forgets_the_students_own_tokens_is_said(recipe, capsys, method):
+    _, own, teacher, theirs = pair_of_models()
+    for hard in (0.0, 0.5):
+        config = recipe(f"hint{hard}", max_steps=1, hard_label_weight=hard)
+        trained(config, teacher, aligned(method, own, theirs))
+        assert ("give hard labels beside it" in capsys.readouterr().err) == (method != "cspc" and not hard)
 
 
 def test_the_command_line_trains_across_tokenizers(tmp_path, capsys):

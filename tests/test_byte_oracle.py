@@ -11,7 +11,7 @@ from byte_oracle import Aligned, ExactModel, aligned, bias, random_texts, random
 from test_cells import KINDS, bpe
 from tokenizers import Tokenizer
 
-from align.cell_rows import Tables, interior_rows, root_rows
+from align.cell_rows import Came, Tables, interior_rows, root_rows
 from align.covered_rows import covered_rows
 from align.methods import bpm, cspc, shared_kl
 from align.prefixes import Pairs
@@ -169,6 +169,64 @@ def test_a_perfect_student_is_right_where_merges_do_not_meet():
             inside += len(value)
             torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-9)
         assert inside > 20
+
+
+Slopes = dict[tuple[int, ...], torch.Tensor]
+
+
+def slopes(student: ExactModel, teacher: ExactModel, logits: Slopes, *, soft: bool) -> tuple[Slopes, float]:
+    """Return the mean gradient over all texts by a student's table of logits, and the mean of its square's sum.
+
+    Args:
+        logits: (V,) of each beginning, the student's whole model.
+        soft: CSPC's loss with the text's tokens for what cells leave open; else the tokens alone.
+    """
+    tables = tables_for(cspc.tables, student, teacher)
+    mean, square = {begun: torch.zeros_like(row) for begun, row in logits.items()}, 0.0
+    for each in aligned(student, teacher):
+        ids, theirs = ((*model.ids(each.text), model.end) for model in (student, teacher))
+        begun = [ids[:place] for place in range(len(ids))]
+        leaves = [logits[each].clone().requires_grad_() for each in begun]
+        rows, who = torch.stack(leaves), Teacher(logp=each.teacher)
+        loss = torch.nn.functional.cross_entropy(rows, torch.tensor(ids), reduction="sum")
+        if soft:
+            own, others = torch.tensor(ids), torch.tensor(theirs)
+            covered, pairs = each.covered, each.pairs
+            first = root_rows(rows[:1], who.rows(slice(0, 1)), tables, came=Came(own[:1], others[:1]))
+            after = Came(own[covered.student], others[covered.teacher])
+            inside = Came(own[pairs.student], others[pairs.teacher])
+            loss = loss + first.sum() + covered_rows(rows, who, tables, covered, came=after).sum()
+            loss = loss + interior_rows(rows, who, tables, pairs, came=inside).sum()
+        for place, slope in zip(begun, torch.autograd.grad(loss, leaves), strict=True):
+            mean[place] += each.mass * slope
+            square += each.mass * slope.square().sum().item()
+    return mean, square
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_tokens_for_what_cells_leave_open_pull_a_perfect_student_nowhere(turned):
+    """The mean gradient is 0 at the truth, that of one text is much smaller than hard labels', and it leads there."""
+    texts, others = random_texts("abcd", 4, 5), random_texts("abcd", 4, 6)
+    tokenizers = [
+        bpe([*"abcd", "ab", "cd"], [("a", "b"), ("c", "d")], ["<end>"]),
+        bpe([*"dcba", "bc"], [("b", "c")], ["<end>"]),
+    ]
+    own, theirs = tokenizers[::-1] if turned else tokenizers
+    student, teacher, wrong = ExactModel(own, texts), ExactModel(theirs, texts), ExactModel(own, others)
+    assert max(len(side.view.tokens) for side in (student, teacher)) > 5
+
+    def table(model: ExactModel) -> Slopes:
+        return {begun: row.clamp(min=1e-12).log() for begun, row in model.probabilities()}
+
+    mean, soft = slopes(student, teacher, table(student), soft=True)
+    _, hard = slopes(student, teacher, table(student), soft=False)
+    assert max(each.abs().max().item() for each in mean.values()) < 0.02 * hard
+    assert soft < hard / 4
+    away, _ = slopes(student, teacher, table(wrong), soft=True)
+    labels, _ = slopes(student, teacher, table(wrong), soft=False)
+    norms = [sum(each.square().sum().item() for each in side.values()) for side in (away, labels)]
+    dot = sum((away[begun] * labels[begun]).sum().item() for begun in away)
+    assert dot > 0.9 * math.sqrt(norms[0] * norms[1])
 
 
 def test_consistent_cells_are_nearest_to_the_truth():

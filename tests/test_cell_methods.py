@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_cells import bpe
 
 from align.byte_view import byte_view
-from align.cell_rows import Tables, interior_rows, root_rows
+from align.cell_rows import Came, Tables, interior_rows, root_rows
 from align.covered_rows import Covered, covered_rows
 from align.methods import bpm, cspc, shared_kl
 from align.pooling import pool, pool_flat
@@ -290,6 +290,67 @@ def test_covered_rows_of_certain_models_are_finite(divergence, top_k):
     assert value.isfinite().all()
     value.sum().backward()
     assert own.grad.isfinite().all()
+
+
+def all_that_may_come(student, teacher, tables) -> dict:
+    """Return the three kinds of rows with their places, and every pair of tokens that may come there."""
+    own, others = (torch.arange(len(byte_view(side))) for side in (student, teacher))
+    pairs, places = boundaries(tables, student, teacher), neighbours(student, teacher)
+    after = Covered(*(part[::3] for part in places))
+    both = [part.flatten() for part in torch.meshgrid(own, others, indexing="ij")]
+    size = max(len(own), len(others))  # of the side that stands at a boundary; the other's token runs over it
+    inside = Pairs(*(part.repeat_interleave(size) for part in pairs))
+    standing = torch.arange(size).repeat(len(pairs.cut))
+    came = Came(
+        torch.where(inside.coarser, inside.token, standing % len(own)),
+        torch.where(inside.coarser, standing % len(others), inside.token),
+    )
+    spread = [step * torch.arange(len(after.student)) % len(side) for step, side in ((1, own), (5, others))]
+    return {
+        "roots": (root_rows, (), Came(*both), torch.arange(len(both[0])) % N),
+        "inside": (interior_rows, (inside,), came, None),
+        "covered": (covered_rows, (after,), Came(*spread), None),
+    }
+
+
+@pytest.mark.parametrize("kind", ["roots", "inside", "covered"])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_what_came_adds_its_cells_log_probability_or_takes_the_row_out(kind, top_k):
+    digits, numbers = [*"0125."], ["20", "201", "205", "21"]
+    merges = [("2", "0"), ("20", "1"), ("20", "5"), ("2", "1")]
+    student, teacher = bpe([*digits, *numbers], merges, [END]), bpe([*digits, "5."], [("5", ".")], [END])
+    for first, second in ((student, teacher), (teacher, student)):
+        tables = tables_for(cspc.tables, first, second)
+        own, others = logits_of(first, 30), logits_of(second, 31)
+        who = dense(others, second)
+        if top_k is not None:
+            who = Teacher.stored(listed(others, top_k), num_outcomes=others.shape[-1])
+        rows, where, came, take = all_that_may_come(first, second, tables)[kind]
+        teachers = who if take is None else who.rows(take)
+
+        def value(logits, came=None, rows=rows, where=where, take=take, teachers=teachers, tables=tables):
+            return rows(logits if take is None else logits[take], teachers, tables, *where, came=came)
+
+        plain, beside = value(own), value(own, came)
+        out = beside == 0
+        assert 0 < out.sum() < len(out)
+        assert (beside[~out] < plain[~out]).all()  # a log-probability is negative
+        assert torch.autograd.gradcheck(lambda x, value=value, came=came: value(x, came)[::17], own)
+
+
+def test_what_came_at_a_root_is_the_cell_that_both_sides_took():
+    student, teacher = pair()
+    tables = tables_for(cspc.tables, student, teacher)
+    own, who = logits_of(student, 30), dense(logits_of(teacher, 31), teacher)
+    _, _, came, take = all_that_may_come(student, teacher, tables)["roots"]
+    cells = tables.cells
+    took = cells.student[came.student]
+    logp = pool(own, cells.student, cells.count).log_softmax(-1)[take]
+    expected = root_rows(own, who, tables)[take] + logp.gather(1, took.clamp(min=0)[:, None])[:, 0]
+    agrees = took == cells.teacher[came.teacher]
+    assert agrees.any()
+    value = root_rows(own[take], who.rows(take), tables, came=came)
+    torch.testing.assert_close(value, torch.where(agrees, expected, 0.0))
 
 
 def test_digits_are_compared_one_by_one_inside_a_longer_number():

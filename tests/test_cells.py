@@ -252,3 +252,21 @@ def test_real_vocabularies_share_what_was_counted():
     assert cells.student[place(b"7")] != cells.bottom
     assert cells.student[place(b"201")] == cells.bottom
     assert prefix_cells(qwen, gpt2).teacher[place(b"201")] == prefix_cells(qwen, gpt2).student[qwen.tokens.index(b"2")]
+
+
+def test_a_token_that_runs_into_an_added_one_is_what_stands_before_it():
+    """Where one side has added `</think>`, it never writes the "." before it as ".</", even if it has that token."""
+    tokens = [*"abc.</>tink ", ".<", ".</", " <", "a."]
+    merges = [(".", "<"), (".<", "/"), (" ", "<"), ("a", ".")]
+    plain, marked = bpe(tokens, merges), bpe(tokens, merges)
+    marked.add_tokens(["</think>"])
+    for student, teacher in ((plain, marked), (marked, plain)):
+        with_mark = consistent(student, teacher)
+        own = "student" if student is plain else "teacher"
+        other = "teacher" if student is plain else "student"
+        for token, begin in ((".</", "."), (".<", "."), (" <", " "), ("<", "<")):
+            assert cell(with_mark, own, plain, token) == cell(with_mark, other, marked, begin)
+        assert cell(with_mark, own, plain, "<") == cell(with_mark, other, marked, "</think>")
+        assert cell(with_mark, own, plain, "a.") != cell(with_mark, own, plain, "a")
+    alone = consistent(plain, plain)
+    assert cell(alone, "student", plain, ".</") != cell(alone, "student", plain, ".")

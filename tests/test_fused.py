@@ -244,6 +244,53 @@ def test_chunks_change_nothing(kind):
         assert_near(case.gradients(total), expected, 1e-5)
 
 
+class Neighbours:
+    """A target that compares every row with the one before it."""
+
+    reach = 1
+
+    def __init__(self, case: Case) -> None:
+        self.weights, self.owed = case.weights, None
+
+    def load(self, piece: slice) -> None:
+        """There is nothing to project."""
+
+    @staticmethod
+    def values(logits: Tensor) -> Tensor:
+        """Return (n,) of n + 1 rows."""
+        logp = logits.log_softmax(-1)
+        return (logp[1:].exp() * (logp[1:] - logp[:-1].tanh())).sum(-1)
+
+    def compare(self, student: Tensor, first: int, rows: slice, picked: slice, before: Tensor | None) -> dict:
+        assert (before is None) == (rows.start == 0)
+        lead = int(before is not None)
+        with torch.enable_grad():
+            leaf = (torch.cat([before, student]) if lead else student).detach().requires_grad_()
+            values = self.values(leaf)
+            weights = self.weights[rows.start - lead : rows.stop].to(student.dtype)
+            (gradient,) = torch.autograd.grad(weights[1:] @ values, leaf)
+        gradient /= weights[:, None]
+        if self.owed is not None:
+            gradient[-1] += self.owed
+        self.owed = gradient[0] if lead else None
+        student.copy_(gradient[lead:])
+        return {"divergence": values.detach() if lead else torch.cat([values.new_zeros(1), values.detach()])}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("chunk_tokens", [1, 3, ROWS])
+def test_a_target_may_read_the_row_before(monkeypatch, head, chunk_tokens):
+    monkeypatch.setattr("distill.fused.CPU_BLOCK", 2 * STUDENT_VOCABULARY)
+    case = Case(**HEADS[head])
+    total, _ = case.fused(Neighbours(case), hard_weight=0.5, chunk_tokens=chunk_tokens)
+    ours = case.gradients(total)
+    logits = case.student(case.hidden)
+    hard = functional.cross_entropy(logits, case.labels, reduction="none")
+    plain = (case.weights[1:] * Neighbours.values(logits[:, :TOKENS])).sum() + 0.5 * (case.weights * hard).sum()
+    torch.testing.assert_close(total, plain.to(total.dtype), rtol=1e-5, atol=1e-6)
+    assert_near(ours, case.gradients(plain), 1e-5)
+
+
 def test_metrics_are_what_full_logits_say():
     case = Case()
     _, metrics = case.fused(case.running(), student_temperature=2.0, teacher_temperature=0.5)

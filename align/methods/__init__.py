@@ -5,6 +5,7 @@ A method is a module of kernels, an adapter that says which rows or spans of a b
 
 from __future__ import annotations
 
+from align.methods.dskd import dskd, maps_for
 from align.methods.entry import Method, Needs, Pair
 from align.methods.of_cells import (
     bpm_rows,
@@ -30,7 +31,14 @@ from align.methods.of_spans import (
 __all__ = ["METHODS", "Method", "Needs", "Pair"]
 
 METHODS: dict[str, Method] = {
-    "cspc": Method("rows", cspc_rows, "top_logprobs", "cells that both tokenizers begin a text with", cspc_tables),
+    "cspc": Method(
+        "rows",
+        cspc_rows,
+        "top_logprobs",
+        "cells that both tokenizers begin a text with, and the text's tokens within them",
+        cspc_tables,
+        labelled=True,
+    ),
     "shared_kl": Method(
         "rows", shared_rows, "top_logprobs", "the tokens both have, and the rest as one", shared_tables
     ),
@@ -39,6 +47,7 @@ METHODS: dict[str, Method] = {
     "mined": Method("rows", mined_rows, "top_logprobs", "the nearest spelling", mined_table),
     "gold": Method("merged", gold_spans, "logits", "equal tokens, the others as sorted lists", gold_matching),
     "uld": Method("merged", uld_spans, "logits", "sorted lists of probabilities", uld_width),
+    "dskd": Method("states", dskd, "logits", "hidden states through the other model's head", maps_for),
     "alm": Method("spans", alm_spans, "realised", "the likelihood of each span of text"),
     "opd_scalar": Method("advantages", opd_tokens, "realised", "what the teacher thinks of each span that was written"),
 }

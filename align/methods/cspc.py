@@ -1,14 +1,26 @@
-"""CSPC, consistent shared-prefix coarsening: both vocabularies on one set of cells, and rows inside tokens both ways.
+"""CSPC, consistent shared-prefix coarsening: both vocabularies on one set of cells, the text for what these leave open.
 
-Our own method. A cell is what both sides' tokenizers agree to begin a text with (`align.cells.consistent_cells`), so a
-student that writes the teacher's distribution in its own tokens is right about (nearly) every cell, whichever side has
-the longer tokens: "201" against "2", "0", "1" is one cell at the root, and is then compared digit by digit in interior
-rows. Mass is conserved on both sides. Which of several tokens of one cell the student should take is not compared:
-that is a matter of its own tokenizer, which hard labels teach.
+Our own method; no paper. A cell is what both sides' tokenizers agree to begin a text with
+(`align.cells.consistent_cells`), so a student that writes the teacher's distribution in its own tokens is right about
+(nearly) every cell, whichever side has the longer tokens: "201" against "2", "0", "1" is one cell at the root, and is
+then compared digit by digit in interior rows. Mass is conserved on both sides.
 
-Interior rows count only tokens that the other side would split there, and lead only where the running side would run
-on, as their own tokenizers say. What is left of a bias in root rows is that each model knows of its own last token that
-it has ended; `covered_rows` takes that away, and root rows are for where the row before is not at hand.
+Three kinds of rows compare cells: *covered* rows, at boundaries of both sides (`align.covered_rows`; plain root rows at
+the beginning of an answer and behind a special token, where nothing has ended), and *interior* rows inside a token of
+either side. Interior rows count only tokens that the other side would split there, and lead only where the running
+side would run on, as their own tokenizers say.
+
+Cells say nothing of which of their tokens the student should take, and a student taught by them alone forgets it. The
+text knows one. By the chain rule the log-probability of a text is the sum over its rows of the log-probability of the
+cell it took, and of what is left, the token within all that its rows tell apart. So the loss is
+
+    sum_t -log S(y_t)  +  sum over rows of [ KL(T_row || S_row) + log S_row(cell that the text took) ]:
+
+hard labels, with the teacher's expectation in the place of the draw wherever the teacher can say it. (A conditional
+expectation in the place of a draw has the same mean and less variance: Rao and Blackwell. It is the same mean where the
+text is the teacher's.) With one vocabulary nothing is left of the labels and this is forward KL; where no row compares
+anything, it is the cross-entropy. A row whose two sides took different cells is left to the labels: there the text
+itself shows that the cells are not one event.
 """
 
 from __future__ import annotations

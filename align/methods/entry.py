@@ -57,6 +57,8 @@ class Method:
             "rows": ``f(pair, tables, places, batch, *, options) -> [align.rows.Comparison]``, before a batch's loss.
             "merged": ``f(student_logits (S, V_S), teacher of S rows, tables, *, student_prior (S,), teacher_prior (S,),
             options) -> (S,)``: the last row of each span, with the log-probability of its tokens before.
+            "states": ``f(student Rows, teacher Rows, weights (R,), modules, *, chunk_tokens, options)
+            -> total, metrics``: R rows of hidden states with their heads, `align.methods.dskd.Rows`.
             "spans": ``f(student_logp (S,), teacher_logp (S,), *, options) -> (S,)``.
             "advantages": ``f(student_logp (S,), teacher_logp (S,), token_logp (n,), span (n,), *, options)
             -> Advantages`` of n tokens,
@@ -64,11 +66,14 @@ class Method:
         compare: that function; its keyword-only arguments are the method's options.
         needs: the least that a teacher must say.
         about: one line for a person.
-        tables: ``f(pair, *, options)``: what is worked out once for a pair, with ``to(device)``; None has none.
+        tables: ``f(pair, *, options)``: what is worked out once for a pair, with ``to(device)``; None has none. For
+            states: ``f(student_model, teacher_model, *, options)``, a module that is trained beside the student.
+        labelled: whether the text's own tokens take part, as this method has them by default.
     """
 
-    kind: Literal["rows", "merged", "spans", "advantages"]
+    kind: Literal["rows", "merged", "states", "spans", "advantages"]
     compare: Callable[..., Any]
     needs: Needs
     about: str
     tables: Callable[..., Any] | None = None
+    labelled: bool = False

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.cell_rows import Tables, interior_rows, root_rows
+from align.cell_rows import Came, Tables, interior_rows, root_rows
+from align.covered_rows import Covered, covered_rows
 from align.methods import bpm, cspc, shared_kl
 from align.methods import mined as nearest
 from align.methods.entry import Pair
@@ -22,6 +23,7 @@ from align.prefixes import Pairs
 from align.rows import Comparison
 from align.teacher_rows import Teacher
 from distill.batch import Batch
+from distill.errors import UserError
 
 Options = Mapping[str, Any] | None
 
@@ -32,15 +34,47 @@ def cspc_rows(
     places: Places,
     batch: Batch,
     *,
+    temperature: float = 1.0,
     divergence: str = "forward_kl",
     divergence_options: Options = None,
     interior: bool = True,
     interior_weight: float = 1.0,
+    covered: bool = True,
+    labels: bool | None = None,
 ) -> list[Comparison]:
-    """Return CSPC's rows: those at boundaries of both sides, and with `interior` those inside a token of either."""
-    rows = [_roots(places, tables, divergence, divergence_options)]
+    """Return CSPC's rows: at boundaries of both sides, inside a token of either, and those of the text's own tokens.
+
+    Args:
+        interior: compare inside tokens, too.
+        covered: take what a model knows of its last token out of the rows behind it (`align.covered_rows`).
+        labels: the text's own tokens teach what cells leave open; None: with `forward_kl` at temperature 1.
+
+    Raises:
+        UserError: `labels` where they do not mean anything.
+    """
+    if labels is None:
+        labels = divergence == "forward_kl" and temperature == 1.0
+    elif labels and (divergence != "forward_kl" or temperature != 1.0):
+        raise UserError(
+            f"labels=true with {divergence} at temperature {temperature}: the text's tokens stand for what cells leave "
+            "open of forward_kl at temperature 1; take labels=false, and --hard-label-weight for labels beside it"
+        )
+    whole = tables.cells.exact  # a cell a token: nothing is left open
+    came = _came(places, batch) if labels and not whole else None
+    kernel: dict[str, Any] = {"divergence": divergence, "options": divergence_options}
+    later = places.behind.clone() if covered and not whole else torch.zeros_like(places.behind)
+    for side, begins, lengths in zip(
+        _tokens(places, batch), (places.student, places.teacher), pair.lengths, strict=True
+    ):
+        later &= torch.from_numpy(lengths)[side[(begins - 1).clamp(min=0)]] > 0  # what ends there is text
+    rows = [
+        _some(_roots(places, tables, came, **kernel), ~later),
+        _covered(places, batch, tables, came, later, **kernel),
+    ]
     if interior:
-        rows.append(_interior(places, tables, interior_weight, divergence, divergence_options))
+        rows.append(_interior(places, tables, interior_weight, came, **kernel))
+    if came is not None:
+        rows.append(_labels(batch))
     return rows
 
 
@@ -65,7 +99,7 @@ def shared_rows(
         strict_top_k: compare the student's so many likeliest shared tokens alone, renormalised (2610.08448).
     """
     if strict_top_k is None:
-        return [_roots(places, tables, divergence, divergence_options)]
+        return [_roots(places, tables, divergence=divergence, options=divergence_options)]
     one = _one_to_one(places)
     kernel = {"divergence": divergence, "options": divergence_options, "top_k": strict_top_k}
 
@@ -114,9 +148,10 @@ def bpm_rows(
         completion: ESCD's term, arXiv 2609.34738.
     """
     labels = batch.trained().labels.cpu()
-    rows = [_roots(places, tables.cells, divergence, divergence_options)]
+    kernel: dict[str, Any] = {"divergence": divergence, "options": divergence_options}
+    rows = [_roots(places, tables.cells, **kernel)]
     if interior:
-        rows.append(_interior(places, tables.cells, interior_weight, divergence, divergence_options))
+        rows.append(_interior(places, tables.cells, interior_weight, **kernel))
     if completion:
         rows.append(_completion(places, tables.completion, labels, completion_weight))
     if not skip_whitespace:
@@ -133,9 +168,7 @@ def bpm_tables(pair: Pair) -> BpmTables:
 
 def mined_rows(pair: Pair, tables: MinedTable, places: Places, batch: Batch) -> list[Comparison]:
     """Return every row of a span: compared where one token is one token, else taught the token that came."""
-    labels = batch.trained().labels.cpu()
-    assert batch.other is not None
-    theirs = batch.other.input_ids.cpu()[places.teacher_rows, places.teacher_positions]
+    labels, theirs = _tokens(places, batch)
     own = (places.student_span >= 0).nonzero()[:, 0]
     span = places.student_span[own]
     others, one = places.teacher[span], _one_to_one(places)[span]
@@ -166,27 +199,74 @@ def mined_table(pair: Pair) -> MinedTable:
     return MinedTable(nearest.spelling_map(pair.student.view, pair.teacher.view, specials=pair.specials))
 
 
-def _roots(places: Places, tables: Tables, divergence: str, options: Options) -> Comparison:
-    def compare(logits: Tensor, own: Tensor, teacher: Teacher, others: Tensor, _: slice | Tensor) -> Tensor:
-        return root_rows(logits[own], teacher.rows(others), tables, divergence=divergence, options=options)
+def _roots(places: Places, tables: Tables, came: Came | None = None, **kernel: Any) -> Comparison:
+    said = _at(came, places.student, places.teacher)
+
+    def compare(logits: Tensor, own: Tensor, teacher: Teacher, others: Tensor, piece: slice | Tensor) -> Tensor:
+        next_ = _at(said, piece, piece, logits.device)
+        return root_rows(logits[own], teacher.rows(others), tables, came=next_, **kernel)
 
     return Comparison(places.student, places.teacher, compare)
 
 
-def _interior(places: Places, tables: Tables, weight: float, divergence: str, options: Options) -> Comparison:
+def _covered(
+    places: Places, batch: Batch, tables: Tables, came: Came | None, which: Tensor, **kernel: Any
+) -> Comparison:
+    """Return the root rows `which` (S,) bool, each with the one before it."""
+    student, teacher = places.student[which], places.teacher[which]
+    own_tokens, their_tokens = _tokens(places, batch)
+    ended, said = (own_tokens[student - 1], their_tokens[teacher - 1]), _at(came, student, teacher)
+
+    def compare(logits: Tensor, own: Tensor, teacher: Teacher, others: Tensor, piece: slice | Tensor) -> Tensor:
+        last = (side[piece].to(logits.device) for side in ended)
+        next_ = _at(said, piece, piece, logits.device)
+        return covered_rows(
+            logits, teacher, tables, Covered(own, others, own - 1, others - 1, *last), came=next_, **kernel
+        )
+
+    return Comparison(student, teacher, compare, reach=1 if len(student) else 0)
+
+
+def _interior(places: Places, tables: Tables, weight: float, came: Came | None = None, **kernel: Any) -> Comparison:
     # A method need not have rows inside tokens of both sides.
     inside = places.interior
     known = torch.zeros_like(inside.coarser)
     for coarser, table in ((True, tables.coarser), (False, tables.finer)):
         if table is not None:
             known |= inside.coarser == coarser
-    running = [part[known] for part in (inside.token, inside.cut, inside.coarser)]
+    student, teacher = inside.student[known], inside.teacher[known]
+    running, said = [part[known] for part in (inside.token, inside.cut, inside.coarser)], _at(came, student, teacher)
 
     def compare(logits: Tensor, own: Tensor, teacher: Teacher, others: Tensor, piece: slice | Tensor) -> Tensor:
         pairs = Pairs(own, others, *(part[piece].to(logits.device) for part in running))
-        return interior_rows(logits, teacher, tables, pairs, divergence=divergence, options=options)
+        return interior_rows(logits, teacher, tables, pairs, came=_at(said, piece, piece, logits.device), **kernel)
 
-    return Comparison(inside.student[known], inside.teacher[known], compare, weight)
+    return Comparison(student, teacher, compare, weight)
+
+
+def _labels(batch: Batch) -> Comparison:
+    """Return minus the log-probability of every trained token."""
+    labels = batch.trained().labels.cpu()
+
+    def compare(logits: Tensor, own: Tensor, _: Teacher, __: Tensor, piece: slice | Tensor) -> Tensor:
+        wide = logits[own].to(torch.promote_types(logits.dtype, torch.float32))
+        return wide.logsumexp(-1) - wide.gather(-1, labels[piece, None].to(logits.device))[:, 0]
+
+    return Comparison(torch.arange(len(labels)), None, compare)
+
+
+def _tokens(places: Places, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (N,) and (M,) int64, on the CPU: the tokens that the rows of both sides were followed by."""
+    assert batch.other is not None
+    return batch.trained().labels.cpu(), batch.other.input_ids.cpu()[places.teacher_rows, places.teacher_positions]
+
+
+def _came(places: Places, batch: Batch) -> Came:
+    return Came(*_tokens(places, batch))
+
+
+def _at(came: Came | None, student: Any, teacher: Any, device: torch.device | str = "cpu") -> Came | None:
+    return None if came is None else Came(came.student[student].to(device), came.teacher[teacher].to(device))
 
 
 def _completion(places: Places, tables: bpm.Completion, labels: Tensor, weight: float) -> Comparison:
@@ -215,4 +295,5 @@ def _some(rows: Comparison, kept: Tensor) -> Comparison:
     def compare(logits: Tensor, own: Tensor, teacher: Teacher, others: Tensor, piece: slice | Tensor) -> Tensor:
         return rows.kernel(logits, own, teacher, others, places[piece])
 
-    return Comparison(rows.student[kept], rows.teacher[kept], compare, rows.weight)
+    assert rows.teacher is not None
+    return Comparison(rows.student[kept], rows.teacher[kept], compare, rows.weight, rows.reach)

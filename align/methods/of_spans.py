@@ -6,6 +6,7 @@ What they compute, and what they cannot do, is said in the modules named after t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,10 +150,27 @@ def opd_tokens(
     token_logp: Tensor,
     span: Tensor,
     *,
+    weak_logp: Tensor | None = None,
+    initial_logp: Tensor | None = None,
+    alpha: float | None = None,
     spread: str = "share",
     limit: float | None = 10.0,
     longest: int | None = 6,
 ) -> opd_scalar.Advantages:
-    """Return the advantages of the student's n tokens: DPCA's; options: `align.methods.opd_scalar.to_tokens`."""
-    advantages = opd_scalar.opd_scalar(student_logp, teacher_logp)
+    """Return the advantages of the student's n tokens: DPCA's, and with a weak reference CompassOPD's.
+
+    Args:
+        weak_logp, initial_logp: (S,) what the weak reference and the student at first say of the spans.
+        alpha: how much the student is held where it began, 0.5 by default; with a weak reference only.
+        spread, limit, longest: see `align.methods.opd_scalar.to_tokens`.
+
+    Raises:
+        UserError: `alpha` without a weak reference, or what `align.methods.opd_scalar` refuses.
+    """
+    if alpha is not None and weak_logp is None:
+        raise UserError(f"opd_scalar: alpha={alpha} weighs what weak_reference=MODEL is compared with: name one")
+    further: dict[str, Any] = {"weak_reference": weak_logp, "initial_logp": initial_logp} | (
+        {} if alpha is None else {"alpha": alpha}
+    )
+    advantages = opd_scalar.opd_scalar(student_logp, teacher_logp, **further)
     return opd_scalar.to_tokens(advantages, token_logp, span, spread=spread, limit=limit, longest=longest)

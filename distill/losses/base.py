@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,15 @@ class Inner:
         student, teacher: what is captured in a forward pass.
         modules: the mode's own parameters (projectors), trained with the student and saved beside it; None has none.
         plan: whatever the mode worked out from the two models, for itself.
+        scorers: further models that the mode runs forward on every batch, for the ledger: each one's text config, and
+            whether it reads the student's tokens or the teacher's.
     """
 
     student: Capture = field(default_factory=Capture)
     teacher: Capture = field(default_factory=Capture)
     modules: nn.Module | None = None
     plan: Any = None
+    scorers: tuple[tuple[Any, Literal["student", "teacher"]], ...] = ()
 
 
 def sum_over_chunks(

@@ -51,6 +51,7 @@ class Mixture:
         needs, reads_head: what any of the modes needs and does (see `LossMode`).
         student_capture, teacher_capture: what the modes read inside the models.
         modules: mode -> the parameters it trains beside the student.
+        scorers: further models that the modes run (`Inner.scorers`).
 
     Raises:
         UserError: an unknown mode or option, a weight that is not positive, options of a mode that takes no part, or
@@ -89,6 +90,7 @@ class Mixture:
             self.terms.append(_Term(name, weight, fn, inner, given))
         self.student_capture = _union(term.inner.student for term in self.terms)
         self.teacher_capture = _union(term.inner.teacher for term in self.terms)
+        self.scorers = [scorer for term in self.terms for scorer in term.inner.scorers]
         self.modules = nn.ModuleDict(
             {term.name.replace(".", "_"): term.inner.modules for term in self.terms if term.inner.modules is not None}
         )
