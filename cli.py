@@ -217,11 +217,11 @@ def align_tokenizers(config: AlignConfig, as_json: bool) -> None:
     """Compare a student's tokenizer (A) with a teacher's (B): what distilling across them would meet."""
     from types import SimpleNamespace
 
-    from align.audit import as_json as plain
-    from align.audit import audit, short_names
-    from align.audit_table import render
-    from align.audit_text import read_texts
-    from align.page import write_page
+    from align.audit.comparison import as_json as plain
+    from align.audit.comparison import audit, short_names
+    from align.audit.page import write_page
+    from align.audit.table import render
+    from align.audit.texts import read_texts
     from distill.models import load_tokenizer
     from distill.template_check import stop_token_ids
 

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+from align.engine.opening import open_alignment, open_training
 from align.identity import Comparison, same_vocabulary
 from align.methods import METHODS
-from align.opening import open_alignment, open_training
 from align.spans import common_spans
 
 __all__ = ["METHODS", "Comparison", "common_spans", "open_alignment", "open_training", "same_vocabulary"]

@@ -31,7 +31,7 @@ ROWS = 512  # of a piece of the products
 
 
 def alignments(case: Case, methods: Sequence[str]) -> dict[str, Any]:
-    from align.token_alignment import token_alignment
+    from align.engine.token_alignment import token_alignment
 
     ends = {
         "student_stops": [case.student.eos_token_id],
@@ -90,7 +90,7 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
 
 def main() -> None:
     """Print the table."""
-    from align.places import places
+    from align.engine.places import places
     from distill.losses import LOSSES
 
     parser = arguments(__doc__, answers=16)

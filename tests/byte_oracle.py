@@ -19,13 +19,13 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from align.byte_view import ByteView, byte_view
-from align.cell_rows import Tables, interior_rows, root_rows
-from align.covered_rows import Covered, covered_rows
+from align.kernels.cell_rows import Tables, interior_rows, root_rows
+from align.kernels.covered_rows import Covered, covered_rows
+from align.kernels.prefixes import Pairs
+from align.kernels.prefixes import interior_rows as boundaries
+from align.kernels.teacher_rows import Teacher
 from align.methods import bpm, cspc, shared_kl
-from align.prefixes import Pairs
-from align.prefixes import interior_rows as boundaries
 from align.spans import Spans, spans_of
-from align.teacher_rows import Teacher
 from distill.divergences import DIVERGENCES
 
 END = "<end>"
@@ -168,7 +168,7 @@ def bias(student: ExactModel, teacher: ExactModel, wrong: ExactModel, tables: Ta
     """Return a method's bias over all texts, each weighted with its probability.
 
     Args:
-        covered: compare what both say of the next bytes, `align.covered_rows`, wherever a token has ended.
+        covered: compare what both say of the next bytes, `align.kernels.covered_rows`, wherever a token has ended.
     """
     sums = dict.fromkeys(("root", "inside", "wrong", "exact"), 0.0)
     roots = inner = 0.0

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align import open_alignment
-from align.audit import Audit, as_json, audit, percent, short_names
-from align.audit_table import advice, remarks, render, rows, visible
-from align.audit_text import read_texts
+from align.audit.comparison import Audit, as_json, audit, percent, short_names
+from align.audit.page import SHOWN_BYTES, parts, write_page
+from align.audit.perfect_student import entropy, judge
+from align.audit.sample_text import SAMPLE
+from align.audit.table import advice, remarks, render, rows, visible
+from align.audit.texts import read_texts
+from align.audit.traits import changes, digit_policy, template_of
 from align.byte_view import byte_view
-from align.page import SHOWN_BYTES, parts, write_page
-from align.perfect_student import entropy, judge
-from align.sample_text import SAMPLE
-from align.traits import changes, digit_policy, template_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"
 HOSTILE = (

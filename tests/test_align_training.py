@@ -18,11 +18,11 @@ from two_tokenizers import aligned, answers, bpe, merged, pair_of_models, permut
 
 from align import METHODS
 from align.byte_view import byte_view
-from align.cell_rows import Came, interior_rows, root_rows
-from align.covered_rows import Covered, covered_rows
-from align.places import places
-from align.prefixes import Pairs
-from align.teacher_rows import Teacher
+from align.engine.places import places
+from align.kernels.cell_rows import Came, interior_rows, root_rows
+from align.kernels.covered_rows import Covered, covered_rows
+from align.kernels.prefixes import Pairs
+from align.kernels.teacher_rows import Teacher
 from distill.batch import Batch, collate
 from distill.config import TrainConfig
 from distill.dataset import load_examples

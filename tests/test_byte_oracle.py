@@ -11,11 +11,11 @@ from byte_oracle import Aligned, ExactModel, aligned, bias, random_texts, random
 from test_cells import KINDS, bpe
 from tokenizers import Tokenizer
 
-from align.cell_rows import Came, Tables, interior_rows, root_rows
-from align.covered_rows import covered_rows
+from align.kernels.cell_rows import Came, Tables, interior_rows, root_rows
+from align.kernels.covered_rows import covered_rows
+from align.kernels.prefixes import Pairs
+from align.kernels.teacher_rows import Teacher
 from align.methods import bpm, cspc, shared_kl
-from align.prefixes import Pairs
-from align.teacher_rows import Teacher
 
 WORLDS = [(0, 6, 6), (1, 3, 9), (2, 9, 3), (3, 0, 6), (4, 6, 0)]
 worlds = pytest.mark.parametrize(("seed", "merges", "teacher_merges"), WORLDS)

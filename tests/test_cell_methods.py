@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from test_cells import bpe
 
 from align.byte_view import byte_view
-from align.cell_rows import Came, Tables, interior_rows, root_rows
-from align.covered_rows import Covered, covered_rows
+from align.kernels.cell_rows import Came, Tables, interior_rows, root_rows
+from align.kernels.covered_rows import Covered, covered_rows
+from align.kernels.pooling import pool, pool_flat
+from align.kernels.prefixes import Pairs
+from align.kernels.teacher_rows import Teacher
 from align.methods import bpm, cspc, shared_kl
-from align.pooling import pool, pool_flat
-from align.prefixes import Pairs
 from align.spans import spans_of
-from align.teacher_rows import Teacher
 from distill.batch import TeacherRows
 from distill.divergences import COARSENING, DIVERGENCES
 from distill.errors import UserError

@@ -8,10 +8,10 @@ from tokenizer_shelf import REAL, SMALL, real_tokenizer, small_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 from align.byte_view import byte_view, encode
-from align.cells import Cells, consistent_cells, prefix_cells, shared_cells
-from align.first_tokens import Splits, longest_prefixes
+from align.kernels.cells import Cells, consistent_cells, prefix_cells, shared_cells
+from align.kernels.first_tokens import Splits, longest_prefixes
+from align.kernels.prefixes import interior_rows
 from align.methods import cspc
-from align.prefixes import interior_rows
 from distill.errors import UserError
 
 
@@ -254,19 +254,17 @@ def test_real_vocabularies_share_what_was_counted():
     assert prefix_cells(qwen, gpt2).teacher[place(b"201")] == prefix_cells(qwen, gpt2).student[qwen.tokens.index(b"2")]
 
 
-def test_a_token_that_runs_into_an_added_one_is_what_stands_before_it():
+def test_a_token_that_runs_into_a_mark_of_reasoning_is_what_stands_before_it():
     """Where one side has added `</think>`, it never writes the "." before it as ".</", even if it has that token."""
-    tokens = [*"abc.</>tink ", ".<", ".</", " <", "a."]
-    merges = [(".", "<"), (".<", "/"), (" ", "<"), ("a", ".")]
+    tokens = [*"abc.</>tink ", ".<", ".</", "a."]
+    merges = [(".", "<"), (".<", "/"), ("a", ".")]
     plain, marked = bpe(tokens, merges), bpe(tokens, merges)
-    marked.add_tokens(["</think>"])
+    marked.add_tokens(["</think>", "</tool>"])
     for student, teacher in ((plain, marked), (marked, plain)):
-        with_mark = consistent(student, teacher)
-        own = "student" if student is plain else "teacher"
-        other = "teacher" if student is plain else "student"
-        for token, begin in ((".</", "."), (".<", "."), (" <", " "), ("<", "<")):
-            assert cell(with_mark, own, plain, token) == cell(with_mark, other, marked, begin)
-        assert cell(with_mark, own, plain, "<") == cell(with_mark, other, marked, "</think>")
-        assert cell(with_mark, own, plain, "a.") != cell(with_mark, own, plain, "a")
+        cells = consistent(student, teacher)
+        own, other = ("student", "teacher") if student is plain else ("teacher", "student")
+        assert cell(cells, own, plain, ".</") == cell(cells, other, marked, ".")
+        assert cell(cells, own, plain, "<") == cell(cells, other, marked, "</think>")
+        assert cell(cells, own, plain, "a.") != cell(cells, own, plain, "a")
     alone = consistent(plain, plain)
     assert cell(alone, "student", plain, ".</") != cell(alone, "student", plain, ".")

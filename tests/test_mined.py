@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.byte_view import ByteView, byte_view
+from align.kernels.string_maps import nearest_by_edits
+from align.kernels.teacher_rows import Teacher
 from align.methods.mined import mined, spelling_map
-from align.string_maps import nearest_by_edits
-from align.teacher_rows import Teacher
 from distill.batch import TeacherRows
 from distill.divergences import forward_kl
 

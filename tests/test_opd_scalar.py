@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.chain import span_sums
+from align.kernels.chain import span_sums
 from align.methods.opd_scalar import SPREADS, opd_scalar, surrogate, to_tokens
 from distill.batch import Batch
 from distill.errors import UserError

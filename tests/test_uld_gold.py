@@ -1,6 +1,6 @@
 """ULD and GOLD: what they promise, TRL's own implementation of both, and what they cannot do.
 
-Spans as one row by the chain rule, `align.chain`, are tested here too, where they matter most.
+Spans as one row by the chain rule, `align.kernels.chain`, are tested here too, where they matter most.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.byte_view import ByteView
-from align.chain import last_rows, priors, span_sums, student_rows
+from align.kernels.chain import last_rows, priors, span_sums, student_rows
+from align.kernels.string_maps import exact_matching, matching, tokenised_again
+from align.kernels.teacher_rows import Teacher
 from align.methods.gold import gold
 from align.methods.uld import by_index, sorted_l1, uld
 from align.spans import spans_of
-from align.string_maps import exact_matching, matching, tokenised_again
-from align.teacher_rows import Teacher
 from distill.batch import TeacherRows
 from distill.divergences import jsd
 from distill.errors import UserError

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.byte_view import ByteView, byte_view
+from align.kernels.string_maps import exact_matching, matching, tokenised_again
+from align.kernels.teacher_rows import Teacher
 from align.methods.xtoken import Projection, choose, h_kl, p_kl, projection
-from align.string_maps import exact_matching, matching, tokenised_again
-from align.teacher_rows import Teacher
 from distill.batch import TeacherRows
 from distill.divergences import forward_kl
 from distill.errors import UserError

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from align import open_training
-from align.token_alignment import TokenAlignment
+from align.engine.token_alignment import TokenAlignment
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # A teacher's template may say other things around the same words.

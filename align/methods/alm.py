@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from align.byte_view import ByteView
-from align.chain import log1mexp
+from align.kernels.chain import log1mexp
 from distill.divergences import NEVER
 from distill.errors import UserError
 
@@ -50,7 +50,7 @@ def alm(
     A chunk that the student excludes and the teacher allows costs +inf, as any KL of it would.
 
     Args:
-        student_logp, teacher_logp: (S,) log-likelihoods of the chunks: `align.chain.span_sums`.
+        student_logp, teacher_logp: (S,) log-likelihoods of the chunks: `align.kernels.chain.span_sums`.
         divergence: a name of `DIVERGENCES`.
         tau: divides the log-likelihoods.
         margin: nats taken off both after that.

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from align.byte_view import ByteView, byte_view
-from align.cell_rows import Tables, interior_rows, root_rows
-from align.cells import prefix_cells
-from align.first_tokens import longest_prefixes
-from align.pooling import pool_flat
-from align.prefixes import NO_CELL, Inside, SortedTokens
-from align.teacher_rows import Teacher
+from align.kernels.cell_rows import Tables, interior_rows, root_rows
+from align.kernels.cells import prefix_cells
+from align.kernels.first_tokens import longest_prefixes
+from align.kernels.pooling import pool_flat
+from align.kernels.prefixes import NO_CELL, Inside, SortedTokens
+from align.kernels.teacher_rows import Teacher
 from distill.divergences import NEVER
 
 __all__ = ["Completion", "completion_rows", "interior_rows", "root_rows", "tables", "whitespace"]
@@ -40,7 +40,7 @@ def tables(
     stops: tuple[Iterable[int], Iterable[int]] = ((), ()),
     specials: Mapping[int, int] | None = None,
 ) -> Tables:
-    """Return the tables of a pair of tokenizers; arguments and errors: `align.cells.prefix_cells`.
+    """Return the tables of a pair of tokenizers; arguments and errors: `align.kernels.cells.prefix_cells`.
 
     There are interior rows where the student is finer only.
     """

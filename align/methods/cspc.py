@@ -1,14 +1,14 @@
 """CSPC, consistent shared-prefix coarsening: both vocabularies on one set of cells, the text for what these leave open.
 
 Our own method; no paper. A cell is what both sides' tokenizers agree to begin a text with
-(`align.cells.consistent_cells`), so a student that writes the teacher's distribution in its own tokens is right about
-(nearly) every cell, whichever side has the longer tokens: "201" against "2", "0", "1" is one cell at the root, and is
-then compared digit by digit in interior rows. Mass is conserved on both sides.
+(`align.kernels.cells.consistent_cells`), so a student that writes the teacher's distribution in its own tokens is right
+about (nearly) every cell, whichever side has the longer tokens: "201" against "2", "0", "1" is one cell at the root,
+and is then compared digit by digit in interior rows. Mass is conserved on both sides.
 
-Three kinds of rows compare cells: *covered* rows, at boundaries of both sides (`align.covered_rows`; plain root rows at
-the beginning of an answer and behind a special token, where nothing has ended), and *interior* rows inside a token of
-either side. Interior rows count only tokens that the other side would split there, and lead only where the running
-side would run on, as their own tokenizers say.
+Three kinds of rows compare cells: *covered* rows, at boundaries of both sides (`align.kernels.covered_rows`; plain root
+rows at the beginning of an answer and behind a special token, where nothing has ended), and *interior* rows inside a
+token of either side. Interior rows count only tokens that the other side would split there, and lead only where the
+running side would run on, as their own tokenizers say.
 
 Cells say nothing of which of their tokens the student should take, and a student taught by them alone forgets it. The
 text knows one. By the chain rule the log-probability of a text is the sum over its rows of the log-probability of the
@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 
 from align.byte_view import ByteView, byte_view
-from align.cell_rows import Tables, interior_rows, root_rows
-from align.cells import consistent_cells
-from align.covered_rows import Covered, covered_rows
-from align.first_tokens import Splits
-from align.prefixes import EXCLUDED, NO_CELL, Inside
+from align.kernels.cell_rows import Tables, interior_rows, root_rows
+from align.kernels.cells import consistent_cells
+from align.kernels.covered_rows import Covered, covered_rows
+from align.kernels.first_tokens import Splits
+from align.kernels.prefixes import EXCLUDED, NO_CELL, Inside
 
 __all__ = ["Covered", "covered_rows", "interior_rows", "root_rows", "tables"]
 
@@ -48,7 +48,7 @@ def tables(
     specials: Mapping[int, int] | None = None,
     longest: bool = True,
 ) -> Tables:
-    """Return the tables of a pair of tokenizers; arguments and errors: `align.cells.consistent_cells`."""
+    """Return the tables of a pair of tokenizers; arguments and errors: `align.kernels.cells.consistent_cells`."""
     views = byte_view(student_tokenizer), byte_view(teacher_tokenizer)
     splits = Splits(student_tokenizer, views[0]), Splits(teacher_tokenizer, views[1])
     cells = consistent_cells(

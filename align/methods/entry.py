@@ -54,7 +54,8 @@ class Method:
 
     Attributes:
         kind: what `compare` is called with, and when.
-            "rows": ``f(pair, tables, places, batch, *, options) -> [align.rows.Comparison]``, before a batch's loss.
+            "rows": ``f(pair, tables, places, batch, *, options) -> [align.engine.rows.Comparison]``, before a batch's
+            loss.
             "merged": ``f(student_logits (S, V_S), teacher of S rows, tables, *, student_prior (S,), teacher_prior (S,),
             options) -> (S,)``: the last row of each span, with the log-probability of its tokens before.
             "states": ``f(student Rows, teacher Rows, weights (R,), modules, *, chunk_tokens, options)

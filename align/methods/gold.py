@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from align.chain import student_rows, teacher_rows
+from align.kernels.chain import student_rows, teacher_rows
+from align.kernels.string_maps import Matching
+from align.kernels.teacher_rows import Teacher
 from align.methods.uld import sorted_l1
-from align.string_maps import Matching
-from align.teacher_rows import Teacher
 from distill.divergences import jsd
 from distill.errors import UserError
 
@@ -43,8 +43,8 @@ def gold(
     Args:
         student_logits: (n, V_S or more), already divided by a temperature.
         teacher: n dense rows, at its own temperature.
-        tables: `align.string_maps.exact_matching` of the two vocabularies.
-        student_prior, teacher_prior: (n,) see `align.chain.priors`; None for rows of one token.
+        tables: `align.kernels.string_maps.exact_matching` of the two vocabularies.
+        student_prior, teacher_prior: (n,) see `align.kernels.chain.priors`; None for rows of one token.
         beta: the teacher's share in the mixture.
         matched_weight, unmatched_weight: of the two parts; None for both is M / V_T and the rest of 1.
 

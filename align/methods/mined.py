@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from align.byte_view import ByteView
-from align.chain import student_rows
-from align.string_maps import exact_matching, nearest_by_edits
-from align.teacher_rows import Teacher
+from align.kernels.chain import student_rows
+from align.kernels.string_maps import exact_matching, nearest_by_edits
+from align.kernels.teacher_rows import Teacher
 from distill.divergences import NEVER, forward_kl
 
 

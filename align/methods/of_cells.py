@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.cell_rows import Came, Tables, interior_rows, root_rows
-from align.covered_rows import Covered, covered_rows
+from align.engine.places import Places
+from align.engine.rows import Comparison
+from align.kernels.cell_rows import Came, Tables, interior_rows, root_rows
+from align.kernels.covered_rows import Covered, covered_rows
+from align.kernels.prefixes import Pairs
+from align.kernels.teacher_rows import Teacher
 from align.methods import bpm, cspc, shared_kl
 from align.methods import mined as nearest
 from align.methods.entry import Pair
-from align.places import Places
-from align.prefixes import Pairs
-from align.rows import Comparison
-from align.teacher_rows import Teacher
 from distill.batch import Batch
 from distill.errors import UserError
 
@@ -46,7 +46,7 @@ def cspc_rows(
 
     Args:
         interior: compare inside tokens, too.
-        covered: take what a model knows of its last token out of the rows behind it (`align.covered_rows`).
+        covered: take what a model knows of its last token out of the rows behind it (`align.kernels.covered_rows`).
         labels: the text's own tokens teach what cells leave open; None: with `forward_kl` at temperature 1.
 
     Raises:

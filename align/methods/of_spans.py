@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.kernels.string_maps import Matching, exact_matching
+from align.kernels.teacher_rows import Teacher
 from align.methods import alm, gold, opd_scalar, uld, xtoken
 from align.methods.entry import Pair
-from align.string_maps import Matching, exact_matching
-from align.teacher_rows import Teacher
 from distill.errors import UserError
 
 

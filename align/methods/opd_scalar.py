@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from align.chain import span_sums
+from align.kernels.chain import span_sums
 from distill.errors import UserError
 
 SPREADS = ("share", "whole")
@@ -57,7 +57,7 @@ def opd_scalar(
     """Return ``(S,)`` advantages of spans in nats, without a graph.
 
     Args:
-        student_logp, teacher_logp: (S,) log-likelihoods of the spans: `align.chain.span_sums`.
+        student_logp, teacher_logp: (S,) log-likelihoods of the spans: `align.kernels.chain.span_sums`.
         weak_reference: (S,) the same of a weak model of the teacher's family; None is DPCA's advantage.
         initial_logp: (S,) of the student as it was when training began; with `weak_reference`.
         alpha: how much the student is held there.

@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from align.byte_view import byte_view
-from align.cell_rows import Tables, root_rows
-from align.cells import shared_cells
-from align.pooling import divergence_of, pool
-from align.teacher_rows import Teacher
+from align.kernels.cell_rows import Tables, root_rows
+from align.kernels.cells import shared_cells
+from align.kernels.pooling import divergence_of, pool
+from align.kernels.teacher_rows import Teacher
 from distill.errors import UserError
 
 __all__ = ["root_rows", "strict_rows", "tables"]
@@ -33,7 +33,7 @@ def tables(
     stops: tuple[Iterable[int], Iterable[int]] = ((), ()),
     specials: Mapping[int, int] | None = None,
 ) -> Tables:
-    """Return the tables of a pair of tokenizers; arguments and errors: `align.cells.shared_cells`."""
+    """Return the tables of a pair of tokenizers; arguments and errors: `align.kernels.cells.shared_cells`."""
     return Tables(
         shared_cells(byte_view(student_tokenizer), byte_view(teacher_tokenizer), stops=stops, specials=specials)
     )

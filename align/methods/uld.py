@@ -9,7 +9,7 @@ between the vocabularies, because it does not look at tokens. That is what it ca
 - Its slope does not vanish on the way to equality: a rounding away it is still ±p, and only exact equality has none.
 - Positions are paired by index in the published method (`by_index`), so that after the first span of unequal token
   counts each row is compared with another place of the text. The kernel compares the rows it is given: pairing the
-  last rows of spans instead, with priors (`align.chain`), is TRL's "extended" ULD.
+  last rows of spans instead, with priors (`align.kernels.chain`), is TRL's "extended" ULD.
 
 Not here: the cross-entropy beside it, skipping the end token, MultiLevelOT's sort over a whole batch. A teacher of
 which only the top-k is known is refused: the tail is in every place of the sum.
@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from align.chain import student_rows, teacher_rows
-from align.teacher_rows import Teacher
+from align.kernels.chain import student_rows, teacher_rows
+from align.kernels.teacher_rows import Teacher
 
 
 def uld(
@@ -38,7 +38,7 @@ def uld(
         student_logits: (n, V_S or more), already divided by a temperature.
         teacher: n dense rows, at its own temperature.
         width: V_S, the student's tokens; logits behind are padding.
-        student_prior, teacher_prior: (n,) see `align.chain.priors`; None for rows of one token.
+        student_prior, teacher_prior: (n,) see `align.kernels.chain.priors`; None for rows of one token.
 
     Raises:
         UserError: the teacher's whole distribution is not known; fewer logits than tokens.

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from align.byte_view import ByteView
-from align.chain import log1mexp, student_rows, teacher_rows
+from align.kernels.chain import log1mexp, student_rows, teacher_rows
+from align.kernels.pooling import compare_rows
+from align.kernels.string_maps import Matching, TokenMap, exact_matching, matching, tokenised_again
+from align.kernels.teacher_rows import Teacher
 from align.methods.uld import sorted_l1
-from align.pooling import compare_rows
-from align.string_maps import Matching, TokenMap, exact_matching, matching, tokenised_again
-from align.teacher_rows import Teacher
 from distill.divergences import NEVER, forward_kl
 
 FIRST, NEXT = 0.9, 0.1  # the share of a piece's first token, and of each further one in the one before
@@ -145,7 +145,7 @@ def h_kl(
 
     Args:
         student_logits, teacher, tables: as in `p_kl`, the teacher dense.
-        student_prior, teacher_prior: (n,) see `align.chain.priors`; None for rows of one token.
+        student_prior, teacher_prior: (n,) see `align.kernels.chain.priors`; None for rows of one token.
         uncommon_weight: of the sorted L1.
 
     Raises:

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from align.merged import merged_loss
+from align.engine.merged import merged_loss
+from align.engine.places import Places, places
+from align.engine.rows import Running, Source, Stored, Target, block_rows, rows_loss
+from align.engine.span_losses import aligned, teacher_labels
 from align.methods.dskd import Rows
 from align.methods.entry import Method, Pair
-from align.places import Places, places
-from align.rows import Running, Source, Stored, Target, block_rows, rows_loss
-from align.span_losses import aligned, teacher_labels
 from distill.batch import Batch, Trained
 from distill.errors import UserError
 from distill.forward import Forward

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from align.chain import span_sums
+from align.engine.places import Places, places
+from align.engine.realised import realised
+from align.engine.references import References
+from align.kernels.chain import span_sums
 from align.methods.entry import Method, Pair
 from align.methods.opd_scalar import surrogate
-from align.places import Places, places
-from align.realised import realised
-from align.references import References
 from distill.batch import Batch
 from distill.errors import UserError
 from distill.forward import Forward
@@ -66,7 +66,7 @@ def advantages(
 ) -> LossOutput:
     """Return a sum whose gradient is the policy gradient of the method's advantages.
 
-    `weak_reference` names a model (`align.references`), which `inner` has loaded.
+    `weak_reference` names a model (`align.engine.references`), which `inner` has loaded.
 
     Metrics (sums): `reverse_kl`, what the student's own text is likelier to it than to the teacher, in nats; `aligned`;
     `limited`, the share of tokens whose advantage was clamped, and `left_out`, that of spans too long to be judged.

@@ -1,10 +1,10 @@
 """The loss modes that stand in for those of one vocabulary: `soft_logits`, `on_policy`, `features`, `relations`.
 
-A method of rows goes through the fused loss with a target of its own (`align.rows`); one of merged spans sees the last
-row of each (`align.merged`); one of states both models' hidden states and heads (all three: `align.row_losses`). One of
-spans sees two numbers for each, the log-probabilities that either model gives to its text (`align.span_losses`).
-Features and relations compare states at which both models have read the same text, whatever the method
-(`distill.span_states`).
+A method of rows goes through the fused loss with a target of its own (`align.engine.rows`); one of merged spans sees
+the last row of each (`align.engine.merged`); one of states both models' hidden states and heads (all three:
+`align.engine.row_losses`). One of spans sees two numbers for each, the log-probabilities that either model gives to its
+text (`align.engine.span_losses`). Features and relations compare states at which both models have read the same text,
+whatever the method (`distill.span_states`).
 
 A mode's options are those of its method beside those named here: unknown ones are refused with the list.
 """
@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from align.engine.references import references
+from align.engine.row_losses import merged, rows, states
+from align.engine.span_losses import advantages, spans
 from align.methods import Method, Pair
-from align.references import references
-from align.row_losses import merged, rows, states
-from align.span_losses import advantages, spans
 from distill.batch import Batch
 from distill.errors import UserError
 from distill.forward import Forward

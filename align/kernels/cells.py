@@ -11,9 +11,9 @@ same outcomes, and merging outcomes never increases an f-divergence (data proces
 `consistent_cells`
     CSPC: a cell is a connected component of "these tokens can begin the same text". Every teacher token is joined with
     the first token that the student's own tokenizer makes of its bytes, and the other way round, also where they run
-    into a token that the other side has added (`<think>`). What both models know of the next bytes is then the same
-    event on both sides, whichever way each of them splits it; which of the splits is likelier is not compared, and no
-    student is told to prefer its teacher's.
+    into a mark of reasoning that is one token of the other side. What both models know of the next bytes is then the
+    same event on both sides, whichever way each of them splits it; which of the splits is likelier is not compared, and
+    no student is told to prefer its teacher's.
 
 Cells are of *text*. The tokens that end an answer, on both sides, are one cell; special tokens with the same role are a
 cell per role; a cell that one side has no token for is pooled with all others like it, of both sides, in the *bottom*
@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.byte_view import ByteView
-from align.first_tokens import Splits, longest_prefixes
+from align.byte_view import REASONING_MARKS, ByteView
+from align.kernels.first_tokens import Splits, longest_prefixes
 from distill.errors import UserError
 
 NONE, STOP = -1, -2  # labels: without a counterpart; ends an answer. A role is -3 and less, an id nobody has UNUSED
@@ -130,35 +130,42 @@ def consistent_cells(
     shared = {token for token in sides[0] if token} & {token for token in sides[1] if token}
     shared |= {bytes([byte]) for byte in range(256)}
     parent = np.arange(len(node))
-    for tokens, other, splits in ((sides[0], sides[1], teacher_splits), (sides[1], sides[0], student_splits)):
+    for tokens, other, running, splits in (
+        (sides[0], sides[1], student_splits, teacher_splits),
+        (sides[1], sides[0], teacher_splits, student_splits),
+    ):
         own = [token for token in tokens if token]
         begins = splits.first(own)
         ends = [other[index] if index >= 0 else None for index in begins.tolist()]
         _join(parent, node.of(own), node.of(ends))
-        _join(parent, *map(node.of, _before_added(own, splits)))
+        _join(parent, *map(node.of, _before_marks(own, running, splits)))
         if longest:
             _join(parent, node.of(own), node.of(longest_prefixes(own, shared)))
     labels = [_roots(parent, node.of(tokens)) for tokens in sides]
     return _cells(student, teacher, labels[0], labels[1], stops, specials)
 
 
-def _before_added(tokens: Sequence[bytes], splits: Splits) -> tuple[list[bytes], list[bytes]]:
-    """Return tokens of one side that run into an added token of the other, and what that side begins them with.
+def _before_marks(tokens: Sequence[bytes], own: Splits, other: Splits) -> tuple[list[bytes], list[bytes]]:
+    """Return tokens of one side that run into a mark of reasoning of the other, and what that side begins them with.
 
     A tokenizer finds its added tokens first: where `</think>` is one, ".</think>" is "." and `</think>`, even if there
-    is a token ".</", with which a tokenizer that has no such mark begins.
+    is a token ".</", with which a tokenizer that has no such mark begins. Other added tokens are left out, and so are
+    tokens that end with "<" alone: they begin too much else.
     """
-    others, running, begins = splits.view.tokens, [], []
-    for added in (others[index] or b"" for index in splits.view.added):
-        beginnings = tuple(added[:size] for size in range(1, len(added) + 1))
-        for token in tokens:
-            if token.endswith(beginnings):
-                size = max(len(each) for each in beginnings if token.endswith(each))
-                (first,) = splits.first([token[:-size]]).tolist() if len(token) > size else (-1,)
-                begin = added if len(token) == size else others[first] if first >= 0 else None
-                if begin:
-                    running.append(token)
-                    begins.append(begin)
+    running, begins = [], []
+    for mark in (other.view.tokens[index] or b"" for index in other.view.added):
+        if mark.decode(errors="replace") not in REASONING_MARKS:
+            continue
+        ends = [mark[:size] for size in range(2, len(mark) + 1)]
+        for token in (each for each in tokens if each.endswith(tuple(ends))):
+            before = token.removesuffix(max((end for end in ends if token.endswith(end)), key=len))
+            first, begin = (
+                side.view.tokens[split] if split >= 0 else None
+                for side, split in ((own, own.first([before + mark])[0]), (other, other.first([before])[0]))
+            )
+            if before and first == token and begin:
+                running.append(token)
+                begins.append(begin)
     return running, begins
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from align.chain import last_rows, priors
-from align.places import Places
-from align.rows import Source
-from align.teacher_rows import Teacher
+from align.engine.places import Places
+from align.engine.rows import Source
+from align.kernels.chain import last_rows, priors
+from align.kernels.teacher_rows import Teacher
 from distill.forward import Forward
 
 # (student_logits (S, V_S), teacher of S rows, (S,) log-priors of either side) -> (S,) nats

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from align.byte_view import ByteView, encode
-from align.pooling import pool
+from align.kernels.pooling import pool
 
 QUERIES = 512  # tokens whose edit distances to the other vocabulary are held at once
 

@@ -1,8 +1,8 @@
 """A method over rows as the target of a fused loss: of neither vocabulary do the logits of all rows exist at once.
 
 A `Comparison` is a list of the student's rows, each with a row of the teacher's: where both have a token boundary,
-where one of them has one inside a token of the other (`align.places`), or whatever else a method looks at. A row of the
-student may be in none, one or several; its value is their sum. The kernels run under autograd on a block of the
+where one of them has one inside a token of the other (`align.engine.places`), or whatever else a method looks at. A row
+of the student may be in none, one or several; its value is their sum. The kernels run under autograd on a block of the
 student's logits, and its gradient is written in their place, as `distill.fused` asks of a target. A kernel may also
 read the row before each of its own: blocks come from the last to the first, and what the row before a block owes to it
 is kept until that row's own block comes.
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from align.teacher_rows import Teacher
+from align.kernels.teacher_rows import Teacher
 from distill.batch import TeacherRows
 from distill.fused import CHUNK, CPU_BLOCK, GPU_BLOCK, fused_loss
 from distill.fused_heads import projection, vocabulary_width

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.prefixes import interior_rows
+from align.kernels.prefixes import interior_rows
 from distill.batch import Batch
 
 

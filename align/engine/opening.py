@@ -11,10 +11,10 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from align.byte_view import byte_view
+from align.engine.token_alignment import TokenAlignment, token_alignment
 from align.identity import Comparison, identity, same_vocabulary
 from align.methods import METHODS, Method
 from align.specials import stop_ids
-from align.token_alignment import TokenAlignment, token_alignment
 from distill.errors import UserError
 from distill.tables import lookup
 from distill.token_signal import SignalSpec

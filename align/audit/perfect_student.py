@@ -1,10 +1,10 @@
 """What a way of comparing two vocabularies would do to a perfect student; no model is needed to find out.
 
 A perfect student's text has the teacher's distribution, so the same text tokenised by both sides is a draw of both. At
-every sync boundary of that text each side has a next token, and a method puts it into one of its cells (`align.cells`).
-Where the two cells differ, the teacher's probability and the student's land in different outcomes, and the method tells
-a student that is right to change. The share of such boundaries bounds the total variation between the two sides' cells
-(coupling inequality): the method's delta.
+every sync boundary of that text each side has a next token, and a method puts it into one of its cells
+(`align.kernels.cells`). Where the two cells differ, the teacher's probability and the student's land in different
+outcomes, and the method tells a student that is right to change. The share of such boundaries bounds the total
+variation between the two sides' cells (coupling inequality): the method's delta.
 
 Coarse cells agree easily: one cell for everything always does. So what the cells still tell apart is counted as well.
 """

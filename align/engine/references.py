@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from align.engine.places import Places
+from align.engine.realised import realised
 from align.identity import same_vocabulary
 from align.methods.entry import Pair
-from align.places import Places
-from align.realised import realised
 from distill.batch import Batch
 from distill.errors import UserError
 from distill.forward import read_head, run

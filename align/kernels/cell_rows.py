@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from align.cells import Cells
-from align.pooling import Compare, compare_rows, divergence_of, log_sum, pool, pool_flat
-from align.prefixes import EXCLUDED, NO_CELL, Inside, Listed, Pairs
-from align.teacher_rows import Teacher
+from align.kernels.cells import Cells
+from align.kernels.pooling import Compare, compare_rows, divergence_of, log_sum, pool, pool_flat
+from align.kernels.prefixes import EXCLUDED, NO_CELL, Inside, Listed, Pairs
+from align.kernels.teacher_rows import Teacher
 from distill.divergences import NEVER
 
 

@@ -1,7 +1,7 @@
 """An audit in words: the rows of its table, sentences about what differs, and both on a terminal.
 
-The rows and the sentences are those of the page as well (`align.page`). Names, templates and tokens were written by
-others: what is not printable is spelled out before it reaches a terminal.
+The rows and the sentences are those of the page as well (`align.audit.page`). Names, templates and tokens were written
+by others: what is not printable is spelled out before it reaches a terminal.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from align.audit import Audit, Side, percent
-from align.traits import UTF8_BYTES, Template
+from align.audit.comparison import Audit, Side, percent
+from align.audit.traits import UTF8_BYTES, Template
 
 if TYPE_CHECKING:
     from rich.console import Group

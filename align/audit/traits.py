@@ -1,7 +1,7 @@
 """What one tokenizer does, found by trying: how it cuts numbers, what it changes, what its chat template writes.
 
 Nothing is read off a class name or a config: numbers of growing length are encoded, awkward texts are encoded and read
-back as bytes, and the template is rendered with known words. Two tokenizers side by side are `align.audit`.
+back as bytes, and the template is rendered with known words. Two tokenizers side by side are `align.audit.comparison`.
 """
 
 from __future__ import annotations

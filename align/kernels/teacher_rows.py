@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.pooling import pool
+from align.kernels.pooling import pool
 from distill.batch import TeacherRows
 from distill.divergences import NEVER
 from distill.errors import UserError

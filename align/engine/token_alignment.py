@@ -1,7 +1,7 @@
 """What training asks of two tokenizers (`distill.alignment.Alignment`): pairs of sequences, and the modes that compare.
 
 Everything about the pair of tokenizers is worked out here once. How texts meet is `align.pairing`, what is compared
-there `align.losses`, and which method does it `align.methods`.
+there `align.engine.losses`, and which method does it `align.methods`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.losses import loss_modes
+from align.engine.losses import loss_modes
 from align.methods import METHODS, Pair
 from align.pairing import Side, pair, side, teacher_prompt
 from align.specials import special_pairs

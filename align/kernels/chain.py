@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from align.teacher_rows import Teacher
+from align.kernels.teacher_rows import Teacher
 from distill.divergences import NEVER
 from distill.errors import UserError
 from distill.supports import check_width

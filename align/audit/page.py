@@ -5,7 +5,7 @@ are coloured by who cuts more finely, with every token's edge to be seen. Pointi
 
 Everything is in the file: no script, no font, no image, no request (a Content-Security-Policy says so to the browser).
 The text was written by others and is escaped by the template, always; what cannot be printed is spelled out. This
-module makes values, `data/page.html.j2` draws them, and the words of the table are those of `align.audit_table`.
+module makes values, `data/page.html.j2` draws them, and the words of the table are those of `align.audit.table`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from align.audit import Audit, percent
-from align.audit_table import advice, outcome_rows, remarks, rows, span_rows, summary, visible
+from align.audit.comparison import Audit, percent
+from align.audit.table import advice, outcome_rows, remarks, rows, span_rows, summary, visible
 from align.byte_view import byte_view, tokenise
 from align.spans import spans_of
 from distill.errors import UserError
@@ -47,7 +47,7 @@ def write_page(found: Audit, student: Any, teacher: Any, texts: Iterable[tuple[s
 
     drawn, size = _drawn(student, teacher, texts)
     environment = Environment(
-        loader=PackageLoader("align", "data"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("align.audit", "data"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     html = environment.get_template("page.html.j2").render(
         found=found,

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from align.cell_rows import Came, Tables, cell_that_came
-from align.pooling import beside, compare_rows, divergence_of, pool, pool_flat
-from align.prefixes import EXCLUDED, Inside, Listed
-from align.teacher_rows import Teacher
+from align.kernels.cell_rows import Came, Tables, cell_that_came
+from align.kernels.pooling import beside, compare_rows, divergence_of, pool, pool_flat
+from align.kernels.prefixes import EXCLUDED, Inside, Listed
+from align.kernels.teacher_rows import Teacher
 from distill.divergences import NEVER
 
 
@@ -64,7 +64,7 @@ def covered_rows(
         student_logits: (n, V); rows of it are `places.student` and `places.student_before`, and both get a gradient.
         teacher: m rows.
         tables: with `finer` and `coarser`.
-        divergence, options, came: see `align.cell_rows.root_rows`.
+        divergence, options, came: see `align.kernels.cell_rows.root_rows`.
     """
     assert tables.finer is not None
     assert tables.coarser is not None

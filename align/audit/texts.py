@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.sample_text import SAMPLE
+from align.audit.sample_text import SAMPLE
 from distill.errors import UserError
 from distill.store import read_lines
 

@@ -1,8 +1,8 @@
 """Two tokenizers side by side, in numbers: what a person wants to know before spending an hour of GPU on distilling.
 
 No model is needed. What the two share is counted byte for byte over the vocabularies, how they split a text over that
-text. One side alone is `align.traits`, the judgement of methods `align.perfect_student`; the words around the numbers
-are `align.audit_table`, the picture is `align.page`.
+text. One side alone is `align.audit.traits`, the judgement of methods `align.audit.perfect_student`; the words around
+the numbers are `align.audit.table`, the picture is `align.audit.page`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from align.audit.perfect_student import Outcomes, entropy, judged
+from align.audit.traits import DigitPolicy, Template, changes, digit_policy, template_of
 from align.byte_view import ByteView, Tokens, alteration, byte_view, tokenise
+from align.engine.opening import open_alignment
 from align.identity import same_vocabulary
-from align.opening import open_alignment
-from align.perfect_student import Outcomes, entropy, judged
 from align.spans import spans_of
 from align.specials import roles, special_pairs
-from align.traits import DigitPolicy, Template, changes, digit_policy, template_of
 from distill.token_signal import SignalSpec
 
 SHOWN_SPANS = 12
@@ -38,7 +38,7 @@ class Side:
         kind: "byte-level" or "sentencepiece".
         shared: tokens whose bytes the other side has as one token, too.
         shared_share: the share of these among the tokens that stand for text.
-        digits, changes, template: see `align.traits`.
+        digits, changes, template: see `align.audit.traits`.
         missing_bytes: those of the 256 bytes that no token stands for alone.
         leading_space: whether it puts a space before a text that begins a sequence.
         roles: role (`align.specials`) -> spellings of the special tokens that play it, () for none.

@@ -1,0 +1,1 @@
+"""What a pair of tokenizers would meet, before a GPU is spent on it: `distill align`."""
