@@ -35,7 +35,7 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 START, FLOOR = "before", "hard labels"
 ARMS: dict[str, list[str]] = {
     FLOOR: ["--mode", "hard-labels"],
-    "auto, stored top-k": ["--mode", "soft-logits", "--align", "auto"],
+    "auto, stored top-k": ["--mode", "soft-logits", "--align", "auto", "--unmatched", "drop"],
     "auto, teacher runs": ["--mode", "soft-logits", "--align", "auto", "--teacher"],
 }
 
@@ -43,7 +43,7 @@ ARMS: dict[str, list[str]] = {
 def traces(options: argparse.Namespace, name: str, problems: str, limit: int, *further: object) -> Path:
     """Return a store of the teacher's answers; what is missing of it is generated."""
     out: Path = options.work / name
-    if not (out / "kept.jsonl").exists():  # written last
+    if len(read(out / "traces.jsonl")) < limit:
         words = ["generate", "--teacher", options.teacher, "--prompts", PROBLEMS / problems, "--limit", limit]
         words += ["--backend", "vllm", "--engine-arg", "dtype=bfloat16", "--engine-arg", "max_model_len=1024"]
         words += ["--concurrency", 64, "--temperature", 0.6, "--max-completion-length", 320, "--system-prompt", SYSTEM]
@@ -66,8 +66,8 @@ def run_one(options: argparse.Namespace, student: str, rate: str, arm: str, seed
             command(words)
             trained = time.monotonic() - began
         words = ["eval", "--model", model, "--prompts", asked, "--limit", options.questions, "--out", judged]
-        words += ["--text", options.work / "heldout", "--backend", "transformers", "--temperature", 0]
-        words += ["--max-completion-length", 240, "--concurrency", options.questions, "--system-prompt", SYSTEM]
+        words += ["--text", options.work / "heldout", "--backend", "vllm", "--engine-arg", "max_model_len=1024"]
+        words += ["--temperature", 0, "--max-completion-length", 256, "--concurrency", 64, "--system-prompt", SYSTEM]
         command(words)
         found = json.loads((judged / "eval.json").read_text(encoding="utf-8"))
     return {"bits": found["bits_per_byte"], "accuracy": found["pass@1"], "train_seconds": round(trained, 1)}

@@ -44,7 +44,7 @@ SEEDS = 5
 TRACES, STEPS, BATCH, RATE = 150, 150, 16, 7e-4
 TEXTS, QUESTIONS, COMPLETION = 200, 50, 80  # read for bits per byte; answered
 DIRECTIONS = {"digits < merged": ("digits", "merged"), "merged < digits": ("merged", "digits")}  # student < teacher
-FLOOR, CEILING = "hard labels", "same vocabulary"
+FLOOR, CEILING, DEFAULT = "hard labels", "same vocabulary", "cspc"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,7 @@ CROSSING = {
     "gold": Arm(align="gold"),
     "mined": Arm(align="mined"),
     "xtoken": Arm(align="xtoken"),
+    "dskd": Arm(align="dskd"),
     "alm": Arm(align="alm"),
     "shared_kl": Arm(align="shared_kl"),
     "bpm": Arm(align="bpm", options=("soft_logits.completion=false",)),
@@ -215,6 +216,21 @@ def differences(values: Values, direction: str, reference: str) -> dict[str, tup
     return {name: (each, p) for (name, each), p in zip(found.items(), adjusted, strict=True)}
 
 
+def pooled(values: Values, name: str) -> tuple[list[float], list[float], list[float]] | None:
+    """Return an arm's, the floor's and the ceiling's means of both directions, on the seeds that all have."""
+    each = {
+        (direction, arm): values.get((direction, arm), {}) for direction in DIRECTIONS for arm in (name, FLOOR, CEILING)
+    }
+    seeds = sorted(set.intersection(*(set(one) for one in each.values())))
+    if len(seeds) < 2:
+        return None
+    means = {
+        arm: [sum(each[way, arm][seed] for way in DIRECTIONS) / len(DIRECTIONS) for seed in seeds]
+        for arm in (name, FLOOR, CEILING)
+    }
+    return means[name], means[FLOOR], means[CEILING]
+
+
 def show(rows: Sequence[dict[str, Any]], console: Console, reference: str) -> None:
     """Print a table for each direction: what each arm reaches, what it closes, and how it stands to `reference`."""
     excess, accuracy = collect(rows, "excess"), collect(rows, "accuracy")
@@ -246,6 +262,12 @@ def show(rows: Sequence[dict[str, Any]], console: Console, reference: str) -> No
             table.add_row(*cells)
         console.print(f"student < teacher: {direction}")
         console.print(table)
+    for name in arms():
+        if (both := pooled(excess, name)) is not None and name in (DEFAULT, CEILING + " + hard"):
+            share, low, high = closed(*both)
+            console.print(
+                f"{name}, both directions: {100 * share:.0f} % of the gap [{100 * low:.0f}, {100 * high:.0f}]"
+            )
     console.print(f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 60:.0f} minutes")
 
 

@@ -82,7 +82,7 @@ class SignalData:
 
         Raises:
             RunError: the numbers are no longer those of the examples' tokens.
-            UserError: a damaged record, or an outcome that the student does not know.
+            UserError: a damaged record.
         """
         uids = [example.uid for example in examples]
         assert all(uid is not None for uid in uids), "examples are made with `load_examples(..., signals=...)`"
@@ -96,19 +96,45 @@ class SignalData:
                 raise RunError(f"the numbers of {example.uid} in {self.folder} changed while they were being learnt")
             chosen[row, : len(own)] = trained
         ids = found.ids[chosen].astype(np.int64)
-        if (highest := int(ids.max(initial=-1))) >= self.num_tokens:
-            raise UserError(f"{self.folder} speaks of token {highest}, the tokenizer has {self.num_tokens}")
-        logprobs, counts, tail = (
-            None if values is None else torch.from_numpy(values[chosen])
-            for values in (found.logprobs, found.counts, found.tail)
-        )
-        realised = None
-        if across and found.token_logprobs is not None:
-            realised = torch.from_numpy(found.token_logprobs[chosen])
+        every = (found.logprobs, found.counts, found.tail, found.token_logprobs if across else None)
+        numbers = [None if values is None else values[chosen] for values in every]
+        if ids.max(initial=-1) >= self.num_tokens:
+            ids, *numbers = _without_padding(ids, *numbers, num_tokens=self.num_tokens)
+        logprobs, counts, tail, realised = (None if each is None else torch.from_numpy(each) for each in numbers)
         if counts is None:
             return TeacherRows(torch.from_numpy(ids), logprobs, tail=tail, realised=realised)
         # Of draws the rest is not asked.
         return TeacherRows(torch.from_numpy(ids), logprobs, counts.to(torch.int64), realised=realised)
+
+
+def _without_padding(
+    ids: np.ndarray,
+    logprobs: np.ndarray | None,
+    counts: np.ndarray | None,
+    tail: np.ndarray | None,
+    realised: np.ndarray | None,
+    *,
+    num_tokens: int,
+) -> tuple[np.ndarray | None, ...]:
+    """Take ids that are no token out of rows (N, K): a teacher's output embedding may be padded beyond its tokenizer.
+
+    As everywhere, a distribution is one over tokens. The places are left empty, at the end; what is there of mass is
+    what logits beyond the tokens have, so what was listed, the tail (N,) and the token that came (N,) are scaled up to
+    one without it, and draws that fell there are no draws.
+    """
+    out = ids >= num_tokens
+    order = np.argsort(out | (ids < 0), axis=-1, kind="stable")
+    moved = np.take_along_axis(out, order, -1)
+    ids = np.where(moved, -1, np.take_along_axis(ids, order, -1))
+    if counts is not None:
+        counts = np.where(moved, 0, np.take_along_axis(counts, order, -1))
+    if logprobs is not None:
+        logprobs = np.take_along_axis(logprobs, order, -1)
+        lost = np.where(moved, np.exp(logprobs.astype(np.float64)), 0.0).sum(-1, keepdims=True)
+        kept = -np.log1p(-np.minimum(lost, 1 - 1e-9))
+        logprobs = np.where(moved, -np.inf, logprobs + kept).astype(logprobs.dtype)
+        tail, realised = (None if each is None else (each + kept[:, 0]).astype(each.dtype) for each in (tail, realised))
+    return ids, logprobs, counts, tail, realised
 
 
 def _spoken_of(example: Example) -> tuple[np.ndarray, np.ndarray]:

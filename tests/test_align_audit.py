@@ -156,7 +156,7 @@ def test_consistent_cells_agree_most_and_none_moves_more_than_it_disagrees(found
 
 def test_what_is_recommended_is_what_a_run_takes(pair: tuple[Any, Any], found: Audit) -> None:
     assert found.method == open_alignment("auto", *pair)[0]
-    assert found.narrow_method == "alm"
+    assert found.drawn_method == "alm"
     assert f"--align {found.method} (--align alm where" in advice(found)
 
 

@@ -169,3 +169,18 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_a_row_is_a_conversation():
     row = Row("Q?", "A", "1", 0.5)
     assert [each["content"] for each in row.messages] == ["Q?", "A"]
+
+
+def test_both_directions_together_are_means_over_the_seeds_that_all_have():
+    floors, ceilings, ours = (
+        ([4.0, 5.0, 6.0], [8.0, 7.0, 9.0]),
+        ([2.0, 3.0, 2.0], [4.0, 4.0, 3.0]),
+        ([3.0, 3.0], [5.0, 5.0]),
+    )
+    values = {}
+    for direction, *each in zip(align_study.DIRECTIONS, ours, floors, ceilings, strict=True):
+        for name, found in zip(("cspc", align_study.FLOOR, align_study.CEILING), each, strict=True):
+            values[direction, name] = dict(enumerate(found))
+    assert align_study.pooled(values, "cspc") == ([4.0, 4.0], [6.0, 6.0], [3.0, 3.5])
+    assert align_study.pooled(values, "gold") is None
+    assert align_study.closed(*align_study.pooled(values, "cspc"))[0] == pytest.approx(2 / 2.75)

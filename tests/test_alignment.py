@@ -307,7 +307,7 @@ def test_auto_takes_what_the_teacher_can_say():
         (permuted(own)[0], "logits", "shared_kl"),
         (theirs, "logits", "cspc"),
         (theirs, SignalSpec("top", 64), "cspc"),
-        (theirs, SignalSpec("top", 8), "alm"),
+        (theirs, SignalSpec("top", 5), "cspc"),
         (theirs, SignalSpec("sampled", 64), "alm"),
     ):
         name, comparison = open_alignment("auto", own, tokenizer, teaching=teaching)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.byte_view import ByteView
-from align.kernels.chain import log1mexp, span_sums
+from align.kernels.chain import span_sums
+from align.kernels.pooling import log1mexp
 from align.methods.alm import DIVERGENCES, alm, begins_word, boundary_logp, joined_spans
 from distill.divergences import forward_kl
 from distill.errors import UserError

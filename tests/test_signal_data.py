@@ -18,7 +18,7 @@ from distill.errors import RunError, UserError
 from distill.models import fingerprint
 from distill.packing import pack
 from distill.render import render
-from distill.signal_data import SignalData
+from distill.signal_data import SignalData, _without_padding
 from distill.signals import SignalReader, SignalSpec, SignalWriter, TokenSignal
 
 WIDTH = 300  # rows of a student's output embedding
@@ -273,20 +273,36 @@ def test_another_tokenizer_or_a_narrow_student_is_refused(store, tokenizer, writ
         SignalData(store.folder / "signal", tokenizer, num_outcomes=200)
 
 
-def test_outcomes_beyond_the_tokenizer_are_refused(store, tokenizer, write_jsonl):
-    """A padded output embedding of the teacher has rows that are no token."""
+def test_outcomes_beyond_the_tokenizer_are_left_out(store, tokenizer, write_jsonl):
+    """A padded output embedding of the teacher has rows that are no token: a distribution is one over tokens."""
     uid = store.add(TEXTS[1])
     data = store.write(write_jsonl)
     signal = signal_of(store.tokens[uid], TOP)
     ids = signal.ids.copy()
-    ids[1, 1] = 290
+    ids[1, 0] = 290
     whose = {"vocab_size": 500, "teacher": "teacher@1", "tokenizer": fingerprint(tokenizer)}
     with SignalWriter(store.folder / "signal", TOP, **whose) as writer:
         writer.append(uid, TokenSignal(signal.token_ids, signal.token_logprobs, ids, signal.logprobs))
     data = SignalData(data.folder, tokenizer, num_outcomes=WIDTH)
     examples = load_examples(store.folder, tokenizer, signals=data).examples
-    with pytest.raises(UserError, match="speaks of token 290, the tokenizer has 259"):
-        collate(examples, pad_id=256, signals=data)
+    rows = collate(examples, pad_id=256, signals=data).signal
+    stored = data.reader.gather([uid])
+    assert rows.ids[1].tolist() == [*stored.ids[0, 1, 1:].tolist(), -1]
+    lost = float(np.exp(stored.logprobs[0, 1, 0]))
+    expected = np.exp(stored.logprobs[0, 1, 1:]) / (1 - lost)
+    np.testing.assert_allclose(rows.logprobs[1, :-1].exp(), expected, rtol=1e-5)
+    assert rows.logprobs[1, -1] == -np.inf
+    total = rows.logprobs.exp().sum(-1) + rows.tail.exp()
+    np.testing.assert_allclose(total, 1, atol=2e-3)
+    others = torch.arange(len(rows.ids)) != 1
+    assert rows.ids[others].tolist() == stored.ids[0][np.arange(len(stored.ids[0])) != 1][: others.sum()].tolist()
+
+
+def test_draws_beyond_the_tokenizer_are_no_draws():
+    ids, counts = np.array([[3, 290, 5], [291, 4, -1]]), np.array([[1, 7, 2], [4, 4, 0]])
+    found = _without_padding(ids, None, counts, None, None, num_tokens=259)
+    assert found[0].tolist() == [[3, 5, -1], [4, -1, -1]]
+    assert found[2].tolist() == [[1, 2, 0], [4, 0, 0]]
 
 
 def test_numbers_that_change_under_a_run_stop_it(store, tokenizer, write_jsonl):

@@ -90,7 +90,7 @@ class Audit:
         many: the most frequent spans that are not one token on both sides.
         many_spans: how many such spans there are.
         method: what `--align auto` takes of a teacher that runs; "hard-labels" where no text could be compared.
-        narrow_method: what it takes of stored numbers that hold only some of the teacher's likeliest tokens.
+        drawn_method: what it takes of stored numbers that are random draws.
         why: what decided for `method`, in one line.
     """
 
@@ -110,7 +110,7 @@ class Audit:
     many: tuple[ManySpan, ...]
     many_spans: int
     method: str
-    narrow_method: str
+    drawn_method: str
     why: str
 
 
@@ -151,7 +151,7 @@ def audit(
     ]
     pairs = special_pairs(student, teacher, student_config=configs[0], teacher_config=configs[1])
     outcomes = judged(student, teacher, roots, configs=configs)
-    method, narrow, why = _recommended(student, teacher, outcomes)
+    method, drawn, why = _recommended(student, teacher, outcomes)
     return Audit(
         student=described[0],
         teacher=described[1],
@@ -171,7 +171,7 @@ def audit(
         many=tuple(ManySpan(student=a, teacher=b, count=n) for (a, b), n in count.many.most_common(SHOWN_SPANS)),
         many_spans=count.many.total(),
         method=method,
-        narrow_method=narrow,
+        drawn_method=drawn,
         why=why,
     )
 
@@ -267,9 +267,9 @@ def _recommended(student: Any, teacher: Any, outcomes: Mapping[str, Outcomes]) -
         return method, method, comparison.why
     if not outcomes:
         return "hard-labels", "hard-labels", "no text could be compared byte for byte, so only text can be learnt"
-    narrow, _ = open_alignment("auto", student, teacher, teaching=SignalSpec("top", 1))
+    drawn, _ = open_alignment("auto", student, teacher, teaching=SignalSpec("sampled", 1))
     shares = ", ".join(f"{name} {percent(each.agreement)}" for name, each in outcomes.items())
-    return method, narrow, f"{comparison.why}; a perfect student's outcomes agree: {shares}"
+    return method, drawn, f"{comparison.why}; a perfect student's outcomes agree: {shares}"
 
 
 def _vocabulary(student: Any, teacher: Any, views: tuple[ByteView, ByteView]) -> str:

@@ -176,8 +176,8 @@ def advice(found: Audit) -> str:
     """Return the recommended method, and why, in one line."""
     if found.method == "hard-labels":
         return f"recommended: --mode hard-labels: {found.why}"
-    narrow = f" (--align {found.narrow_method} where few likeliest tokens are stored)"
-    return f"recommended: --align {found.method}{narrow if found.narrow_method != found.method else ''}: {found.why}"
+    drawn = f" (--align {found.drawn_method} where random draws are stored)"
+    return f"recommended: --align {found.method}{drawn if found.drawn_method != found.method else ''}: {found.why}"
 
 
 def render(found: Audit) -> Group:

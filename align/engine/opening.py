@@ -20,7 +20,6 @@ from distill.tables import lookup
 from distill.token_signal import SignalSpec
 
 IDENTITY = "identity"
-WIDE = 64  # most likely tokens from which on a stored row says nearly all that cells can tell
 # What a running teacher says, or the kind of numbers that were stored of one.
 Teaching = Literal["logits"] | SignalSpec
 
@@ -109,8 +108,6 @@ def _choose(student_tokenizer: Any, teacher_tokenizer: Any, teaching: Teaching) 
     if isinstance(teaching, SignalSpec):
         if teaching.kind == "sampled":
             return "alm", "the teacher's numbers are random draws: only the likelihood of its text can be compared"
-        if teaching.size < WIDE:
-            return "alm", f"the teacher's numbers are its {teaching.size} likeliest tokens, fewer than {WIDE}"
         known = f"the teacher's {teaching.size} likeliest tokens are known"
     else:
         known = "the teacher's whole distribution is known"

@@ -171,4 +171,4 @@ def _source(pair: Pair, teacher: Forward | None, batch: Batch, met: Places, temp
     assert batch.signal is not None, "the mode declares that it needs a teacher or its signal"
     if temperature != 1.0:
         raise UserError("a stored signal is at temperature 1: take temperature 1, or let the teacher run")
-    return Stored(batch.signal, num_outcomes=outcomes)
+    return Stored(batch.signal, num_outcomes=outcomes, came=teacher_labels(batch, met))

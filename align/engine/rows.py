@@ -93,8 +93,8 @@ class Stored:
         UserError: see `Teacher.stored`.
     """
 
-    def __init__(self, rows: TeacherRows, *, num_outcomes: int) -> None:
-        self.teacher = Teacher.stored(rows, num_outcomes=num_outcomes)
+    def __init__(self, rows: TeacherRows, *, num_outcomes: int, came: Tensor) -> None:
+        self.teacher = Teacher.stored(rows, num_outcomes=num_outcomes, came=came)
 
     def load(self, piece: slice) -> None:
         """There is nothing to project."""

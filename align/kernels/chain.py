@@ -9,13 +9,10 @@ Rows here are right-shifted as everywhere in this package: row i predicts token 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from align.kernels.teacher_rows import Teacher
-from distill.divergences import NEVER
 from distill.errors import UserError
 from distill.supports import check_width
 
@@ -68,13 +65,3 @@ def teacher_rows(teacher: Teacher, method: str, prior: Tensor | None = None) -> 
         )
     rows = teacher.logp.detach()
     return rows if prior is None else rows + prior.detach()[:, None]
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 - e^x) of x <= 0, exact at both ends; -inf with slope 0 at 0."""
-    certain = x >= 0
-    near = (x > -math.log(2)) & ~certain
-    # Each branch sees only what it is exact for: the other's infinite slope, times 0, would be nan.
-    small = (-torch.expm1(x.masked_fill(~near, -1.0))).log()
-    large = torch.log1p(-x.masked_fill(near | certain, -1.0).exp())
-    return torch.where(near, small, large).masked_fill(certain, NEVER)

@@ -58,7 +58,7 @@ def covered_rows(
     """Return ``(R,)`` divergences in nats between what two models say of the next bytes, by cell.
 
     Of a stored teacher the longer tokens that it listed count; where it did not list the token that ended, its row is
-    taken as it is.
+    taken as it is, or with `came` left out.
 
     Args:
         student_logits: (n, V); rows of it are `places.student` and `places.student_before`, and both get a gradient.
@@ -72,17 +72,18 @@ def covered_rows(
     wide = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
     own = pool(wide[places.student], cells.student, count).log_softmax(-1)
     longer = _longer(tables.coarser, places.student_token, count)
-    own, _ = _cover(own, None, longer, wide[places.student_before[longer.pair], longer.ids])
+    own, _, _ = _cover(own, None, longer, wide[places.student_before[longer.pair], longer.ids])
     now = teacher.rows(places.teacher)
     known = now.log_masses(cells.teacher, count)
     longer = _longer(tables.finer, places.teacher_token, count)
     longer, masses = _longer_of_teacher(teacher, places, longer, len(cells.teacher))
     compare, taken = divergence_of(divergence, options), cell_that_came(cells, came)
     if teacher.outcomes is None:  # both are whole distributions already
-        others, _ = _cover(known.log_softmax(-1), None, longer, masses)
+        others, _, _ = _cover(known.log_softmax(-1), None, longer, masses)
         return beside(compare(own, others), own, taken)
     parts = torch.cat([known, now.log_rest[:, None]], -1).log_softmax(-1)
-    others, rest = _cover(parts[:, :-1], parts[:, -1], longer, masses)
+    others, rest, unknown = _cover(parts[:, :-1], parts[:, -1], longer, masses)
+    taken = None if taken is None else taken.masked_fill(unknown, -1)
     return compare_rows(own, others, compare, teacher_rest=rest, came=taken)
 
 
@@ -107,8 +108,10 @@ def _longer_of_teacher(teacher: Teacher, places: Covered, longer: Listed, size: 
     return Listed(pair, ids[pair, place], cells[pair, place]), logp[pair, place]
 
 
-def _cover(now: Tensor, rest: Tensor | None, longer: Listed, masses: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return (R, C) log-masses of both ways, and (R,) of the rest; as they are where the last token has no mass.
+def _cover(now: Tensor, rest: Tensor | None, longer: Listed, masses: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return (R, C) log-masses of both ways, (R,) of the rest, and (R,) bool where the last token has none.
+
+    There they are as they were.
 
     Args:
         now, rest: (R, C) and (R,) what the row behind the last token says; with the rest, one distribution.
@@ -125,11 +128,11 @@ def _cover(now: Tensor, rest: Tensor | None, longer: Listed, masses: Tensor) -> 
     goes_on = goes_on & ~unknown[longer.pair]
     place, to = (longer.pair * count + longer.cells)[goes_on].unique(return_inverse=True)
     if not len(place):
-        return both, rest
+        return both, rest, unknown
     pair = place // count
     on = pool_flat(masses[goes_on], alike[goes_on], to, 1, len(place))[0] - total[pair]
     flat = both.flatten()
-    return flat.index_put((place,), _log_add(flat[place], on)).view_as(both), rest
+    return flat.index_put((place,), _log_add(flat[place], on)).view_as(both), rest, unknown
 
 
 def _log_add(one: Tensor, other: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ On CUDA the sums of ids that share a cell are added in any order, as every scatt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -109,6 +110,16 @@ def log_sum(masses: Tensor) -> Tensor:
     """Return the logsumexp over the last axis; -inf, and no slope, where all are -inf."""
     nothing = (masses == NEVER).all(-1)
     return masses.masked_fill(nothing[..., None], 0.0).logsumexp(-1).masked_fill(nothing, NEVER)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """Return log(1 - e^x) of x <= 0, exact at both ends; -inf with slope 0 at 0."""
+    certain = x >= 0
+    near = (x > -math.log(2)) & ~certain
+    # Each branch sees only what it is exact for: the other's infinite slope, times 0, would be nan.
+    small = (-torch.expm1(x.masked_fill(~near, -1.0))).log()
+    large = torch.log1p(-x.masked_fill(near | certain, -1.0).exp())
+    return torch.where(near, small, large).masked_fill(certain, NEVER)
 
 
 def divergence_of(name: str, options: Mapping[str, Any] | None) -> Compare:

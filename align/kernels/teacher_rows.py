@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.kernels.pooling import pool
+from align.kernels.pooling import log1mexp, pool
 from distill.batch import TeacherRows
 from distill.divergences import NEVER
 from distill.errors import UserError
@@ -42,8 +42,11 @@ class Teacher:
         return cls(logp=(wide / temperature).log_softmax(-1))
 
     @classmethod
-    def stored(cls, rows: TeacherRows, *, num_outcomes: int) -> Teacher:
+    def stored(cls, rows: TeacherRows, *, num_outcomes: int, came: Tensor | None = None) -> Teacher:
         """Return what a signal says, at temperature 1.
+
+        Args:
+            came: (n,) int64, the tokens that the rows were followed by: with `rows.realised` they are always listed.
 
         Raises:
             UserError: the signal is one of random draws.
@@ -53,7 +56,17 @@ class Teacher:
                 "the signal holds random draws: comparing two vocabularies needs the most likely outcomes, "
                 "score the traces again with top-k"
             )
-        return cls(outcomes=top_k_outcomes(rows, num_outcomes=num_outcomes))
+        outcomes = top_k_outcomes(rows, num_outcomes=num_outcomes)
+        if came is None or rows.realised is None:
+            return cls(outcomes=outcomes)
+        listed = (outcomes.ids == came[:, None]).any(-1)
+        logp, rest = outcomes.logp[:, :-1], outcomes.logp[:, -1]
+        # It is a part of the rest; rounding may say that it is more, and then it is all of it.
+        own = torch.minimum(rows.realised.to(rest.dtype), rest).masked_fill(listed, NEVER)
+        left = rest.masked_fill(rest == NEVER, 0.0)
+        rest = (left + log1mexp((own - left).masked_fill(own == NEVER, NEVER))).masked_fill(rest == NEVER, NEVER)
+        ids = torch.cat([outcomes.ids, came[:, None].masked_fill(listed[:, None], -1)], -1)
+        return cls(outcomes=Outcomes(ids, torch.cat([logp, own[:, None], rest[:, None]], -1)))
 
     def __len__(self) -> int:
         return len(self._known)

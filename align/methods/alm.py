@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from align.byte_view import ByteView
-from align.kernels.chain import log1mexp
+from align.kernels.pooling import log1mexp
 from distill.divergences import NEVER
 from distill.errors import UserError
 

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from align.byte_view import ByteView
-from align.kernels.chain import log1mexp, student_rows, teacher_rows
-from align.kernels.pooling import compare_rows
+from align.kernels.chain import student_rows, teacher_rows
+from align.kernels.pooling import compare_rows, log1mexp
 from align.kernels.string_maps import Matching, TokenMap, exact_matching, matching, tokenised_again
 from align.kernels.teacher_rows import Teacher
 from align.methods.uld import sorted_l1
