@@ -121,17 +121,23 @@ def _without_padding(
     As everywhere, a distribution is one over tokens. The places are left empty, at the end; what is there of mass is
     what logits beyond the tokens have, so what was listed, the tail (N,) and the token that came (N,) are scaled up to
     one without it, and draws that fell there are no draws.
+
+    Raises:
+        UserError: a row says nothing of any token.
     """
     out = ids >= num_tokens
     order = np.argsort(out | (ids < 0), axis=-1, kind="stable")
     moved = np.take_along_axis(out, order, -1)
     ids = np.where(moved, -1, np.take_along_axis(ids, order, -1))
+    said = np.full(ids.shape, -np.inf) if logprobs is None else logprobs.astype(np.float64)
+    lost = np.where(out, np.exp(said), 0.0).sum(-1, keepdims=True)
+    if (ids[:, 0] < 0).any() or (lost >= 1).any():
+        raise UserError(f"a place's numbers speak of nothing but ids beyond the {num_tokens} tokens of their tokenizer")
     if counts is not None:
         counts = np.where(moved, 0, np.take_along_axis(counts, order, -1))
     if logprobs is not None:
         logprobs = np.take_along_axis(logprobs, order, -1)
-        lost = np.where(moved, np.exp(logprobs.astype(np.float64)), 0.0).sum(-1, keepdims=True)
-        kept = -np.log1p(-np.minimum(lost, 1 - 1e-9))
+        kept = -np.log1p(-lost)
         logprobs = np.where(moved, -np.inf, logprobs + kept).astype(logprobs.dtype)
         tail, realised = (None if each is None else (each + kept[:, 0]).astype(each.dtype) for each in (tail, realised))
     return ids, logprobs, counts, tail, realised

@@ -303,6 +303,9 @@ def test_draws_beyond_the_tokenizer_are_no_draws():
     found = _without_padding(ids, None, counts, None, None, num_tokens=259)
     assert found[0].tolist() == [[3, 5, -1], [4, -1, -1]]
     assert found[2].tolist() == [[1, 2, 0], [4, 0, 0]]
+    for logprobs in (None, np.full(ids.shape, -1.2, np.float32)):
+        with pytest.raises(UserError, match="speak of nothing but ids beyond the 3 tokens"):
+            _without_padding(ids, logprobs, counts, None, None, num_tokens=3)
 
 
 def test_numbers_that_change_under_a_run_stop_it(store, tokenizer, write_jsonl):
