@@ -8,6 +8,7 @@ line, and runs ahead of it while the loss falls. No divergence is here, and no s
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,8 @@ class TaidSchedule:
             raise RunError(f"taid: the loss is {loss}")
         if self._last_loss is not None:
             change = (self._last_loss - loss) / self._last_loss if self._last_loss > 0 else 0.0
+            # Relative to a loss near the smallest number there is, a change is infinite, and its mean NaN a step later.
+            change = max(change, -sys.float_info.max)
             self._mean_change = self.momentum * self._mean_change + (1 - self.momentum) * change
             ahead = 0.5 + 0.5 * math.tanh(self._mean_change / 2)  # the sigmoid, without overflow
             self._share += self.step * ahead * (1 - self._share)

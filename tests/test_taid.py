@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distill.divergences import forward_kl
@@ -48,6 +48,7 @@ def test_outcomes_excluded_by_a_side_with_a_part_are_excluded():
 
 
 @given(losses=LOSSES, start=st.floats(0, 1), end=st.floats(0, 1), step=st.floats(0, 1), momentum=st.floats(0, 0.999))
+@example(losses=[0.0, 5e-324, 1.0, 0.0, 0.0], start=0.0, end=0.5, step=1.0, momentum=0.0)
 def test_the_share_never_falls_and_stays_between_the_line_and_the_end(losses, start, end, step, momentum):
     start, end = sorted((start, end))
     shares = run(TaidSchedule(start=start, end=end, step=step, momentum=momentum), losses)
