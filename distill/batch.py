@@ -6,7 +6,8 @@ right, where causal attention cannot see the padding.
 
 Several sequences may be packed into one row: `position_ids` then begin again at 0 with each of them, attention stays
 within each, and no prediction is trained across a border. What a stored signal says of the trained tokens travels along
-as `TeacherRows`; what a teacher of another tokenizer reads, as `OtherTokens`. Tokenising is `distill.render`.
+as `TeacherRows`; what a teacher of another tokenizer reads, as `OtherTokens`; what the student's own completions are
+worth, as `PolicyRows`. Tokenising is `distill.render`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Batch:
         signal: what a teacher said of the trained predictions, in the order of `trained()`, where it was stored. With
             `other` of the tokens in its spans instead, span after span.
         other: the same texts in the tokens of a teacher with another tokenizer; None where both read the same ids.
+        policy: what the completions are worth, where the student wrote them and they were rewarded.
     """
 
     input_ids: Tensor
@@ -46,6 +48,7 @@ class Batch:
     position_ids: Tensor | None = None
     signal: TeacherRows | None = None
     other: OtherTokens | None = None
+    policy: PolicyRows | None = None
 
     def trained(self) -> Trained:
         """Return where predictions are trained, what they should be and how much each counts."""
@@ -83,7 +86,7 @@ class Batch:
         own = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "weights": self.weights}
         if self.position_ids is not None:
             own["position_ids"] = self.position_ids
-        for prefix, part in (("signal_", self.signal), ("other_", self.other)):
+        for prefix, part in (("signal_", self.signal), ("other_", self.other), ("policy_", self.policy)):
             known = {} if part is None else part._asdict()
             own |= {prefix + name: value for name, value in known.items() if value is not None}
         return own
@@ -91,13 +94,14 @@ class Batch:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Batch:
         """Undo `tensors`."""
-        parts: dict[str, dict[str, Tensor]] = {"signal_": {}, "other_": {}, "": {}}
+        parts: dict[str, dict[str, Tensor]] = {"signal_": {}, "other_": {}, "policy_": {}, "": {}}
         for name, value in tensors.items():
             prefix = next(each for each in parts if name.startswith(each))
             parts[prefix][name.removeprefix(prefix)] = value
         signal = TeacherRows(**parts["signal_"]) if parts["signal_"] else None
         other = OtherTokens(**parts["other_"]) if parts["other_"] else None
-        return cls(**parts[""], signal=signal, other=other)
+        policy = PolicyRows(**parts["policy_"]) if parts["policy_"] else None
+        return cls(**parts[""], signal=signal, other=other, policy=policy)
 
 
 class TeacherRows(NamedTuple):
@@ -137,6 +141,21 @@ class OtherTokens(NamedTuple):
         """Return the teacher's side as a batch that trains nothing."""
         untrained = torch.zeros(self.input_ids.shape, device=self.input_ids.device)
         return Batch(self.input_ids, self.attention_mask, untrained)
+
+
+class PolicyRows(NamedTuple):
+    """What B completions of the student's own are worth, and how likely their tokens were.
+
+    Attributes:
+        advantages: (B,) float32.
+        old: (B, T) float32 log-probability of each trained token when it was drawn, nats, laid out as `input_ids`; None
+            where the student has not changed since.
+        reference: (B, T) float32, the same by the reference model; None where none is asked.
+    """
+
+    advantages: Tensor
+    old: Tensor | None = None
+    reference: Tensor | None = None
 
 
 class Trained(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +49,35 @@ class MetricsFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Shows how far the run is, on stderr."""
+    """Shows how far the run is, on stderr.
 
-    def __init__(self) -> None:
+    Args:
+        by_steps: count optimizer steps; else percent of the run, by `share`, which is to be set before it begins.
+    """
+
+    def __init__(self, *, by_steps: bool = True) -> None:
         self.meter: Meter | None = None
         self.note = ""
+        self.by_steps = by_steps
+        self.share: Callable[[], float] = lambda: 0.0
+
+    def _done(self, step: int) -> int:
+        return step if self.by_steps else int(100 * min(self.share(), 1.0))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.meter = Meter("train", state.max_steps, done=state.global_step).__enter__()
+            done = self._done(state.global_step)
+            self.meter = Meter("train", state.max_steps if self.by_steps else 100, done=done).__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" in logs:
-            self.note = f"loss {logs['loss']:.4f}"
+            self.note = f"reward {logs['reward']:.3f}" if "reward" in logs else f"loss {logs['loss']:.4f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done = self._done(state.global_step)  # on all ranks: a share is agreed on
         if self.meter is not None:
-            self.meter.advance(self.note)
+            self.meter.reach(done, self.note)
 
     def close(self) -> None:
         """Take the bar down, however the run ended."""

@@ -1,26 +1,22 @@
 """`distill demo`: the whole road on the built-in problems, as the commands a user would type.
 
 The demo has no machinery of its own: it runs `distill generate`, `train`, `eval` and `compare` as processes, a few
-side by side, and shows each command line, so that any of them can be copied and changed. What is finished is not done
-again, so an interrupted demo goes on.
+side by side (`distill.pipeline.processes`), and shows each command line, so that any of them can be copied and changed.
+What is finished is not done again, so an interrupted demo goes on.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.config import DemoConfig
-from distill.errors import RunError
+from distill.pipeline.processes import Step, run_steps
 from distill.progress import say
-from distill.watchdog import guard
 
 REFERENCE_SECONDS = 300.0  # the budget that the steps below were measured for, on two slow cores
 BASE_STEPS, ARM_STEPS = 1000, 2000  # optimizer steps at the reference budget
@@ -35,15 +31,6 @@ ARMS: dict[str, list[str]] = {
 }
 OPTIMIZER = ["--per-device-train-batch-size", "16", "--save-steps", "500"]
 BASE_RATE, ARM_RATE = ["--learning-rate", "3e-3"], ["--learning-rate", "5e-3"]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One command line of the demo, and the steps that must be finished before it."""
-
-    name: str
-    arguments: tuple[str, ...]
-    needs: tuple[str, ...] = ()
 
 
 def plan_demo(config: DemoConfig) -> list[Step]:
@@ -100,49 +87,9 @@ def run_demo(config: DemoConfig, command: Sequence[str]) -> dict[str, Any]:
     Raises:
         RunError: a step failed; its log is named.
     """
-    guard()
     began = time.monotonic()
-    (config.out / "logs").mkdir(parents=True, exist_ok=True)
-    waiting = {step.name: step for step in plan_demo(config)}
-    total, finished = len(waiting), set[str]()
-    running: dict[Future[float], Step] = {}
-    with ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1))) as pool:
-        try:
-            while waiting or running:
-                for step in [step for step in waiting.values() if finished.issuperset(step.needs)]:
-                    running[pool.submit(_run, step, config.out / "logs", command)] = waiting.pop(step.name)
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    step = running.pop(future)
-                    seconds = future.result()
-                    finished.add(step.name)
-                    say(f"  [{len(finished)}/{total}] {step.name}: {seconds:.0f} s")
-        except BaseException:  # a step failed, or Ctrl-C: what runs may finish, nothing new starts
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    # One thread each: models this small gain nothing from two, and the steps share the cores.
+    run_steps(plan_demo(config), command, logs=config.out / "logs", jobs=min(4, os.cpu_count() or 1), threads=1)
     say(f"demo finished in {time.monotonic() - began:.0f} s")
     result: dict[str, Any] = json.loads((config.out / "compare.json").read_text(encoding="utf-8"))
     return result
-
-
-def _run(step: Step, logs: Path, command: Sequence[str]) -> float:
-    """Run one command line unless it is finished; return its seconds."""
-    log, mark = (logs / f"{step.name.replace(' ', '-')}{suffix}" for suffix in (".log", ".done"))
-    line = json.dumps(step.arguments)
-    if mark.exists() and mark.read_text(encoding="utf-8") == line:
-        return 0.0
-    say(f"$ distill {' '.join(step.arguments)}")
-    began = time.monotonic()
-    # One thread each: models this small gain nothing from two, and the steps share the cores.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.run(
-            [*command, *step.arguments], stdout=stream, stderr=stream, env=environment, check=False
-        )
-    if process.returncode:
-        last = [row for row in log.read_text(encoding="utf-8", errors="replace").splitlines() if row.strip()]
-        raise RunError(
-            f"the step `distill {' '.join(step.arguments)}` failed ({log}): {last[-1] if last else 'no output'}"
-        )
-    mark.write_text(line, encoding="utf-8")
-    return time.monotonic() - began

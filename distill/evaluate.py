@@ -1,7 +1,8 @@
 """How right a model is: from judged samples to `eval.json` and back, and bits per byte on given conversations.
 
-The question is the unit of every mean and error; samples of one question are averaged first. A truncated sample gave
-no answer, whatever stands in it. Sampling and verifying are the teachers' room's work; nothing is drawn here.
+The question is the unit of every mean and error; samples of one question are averaged first. A sample that did not end
+by itself gave no answer, whatever stands in it: no score, no vote. Sampling and verifying are the teachers' room's
+work; nothing is drawn here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from distill.progress import Meter
 from distill.records import Message, Trace, content_hash
 from distill.statistics import accuracy_interval, mean_and_stderr, pass_at_k
 
+WHOLE = "stop"  # how a sample ends that gave its answer; the others were cut, ran in circles or failed
+LOOP, MIXED = "loop", "language_mix"  # flags of the filters that were put to every sample when it was drawn
+COUNTS = ("questions", "samples_per_question")
 TOLERANCE = 1e-3  # how far `pass@1` of eval.json may be from the samples: rounding, not another scoring
 
 
@@ -43,12 +47,17 @@ class Evaluation:
 
 def sample_score(trace: Trace) -> float:
     """Return what a sample counts for: its verdict's score, and 0 where it was cut, failed or could not be judged."""
-    return 0.0 if trace.finish_reason in ("length", "error") or trace.score is None else float(trace.score)
+    return 0.0 if trace.finish_reason != WHOLE or trace.score is None else float(trace.score)
+
+
+def is_right(trace: Trace) -> bool:
+    """Return whether a sample is right and not only in part: what `pass@k` and `maj@k` count."""
+    return sample_score(trace) == 1.0
 
 
 def gave_answer(trace: Trace) -> bool:
     """Return whether a sample answered at all: it ended by itself and an answer was read, or it was found right."""
-    return trace.finish_reason not in ("length", "error") and (bool(trace.predicted) or sample_score(trace) > 0)
+    return trace.finish_reason == WHOLE and (bool(trace.predicted) or sample_score(trace) > 0)
 
 
 def load_evaluation(folder: Path) -> Evaluation:
@@ -58,14 +67,19 @@ def load_evaluation(folder: Path) -> Evaluation:
         UserError: a file is missing or unreadable, samples are missing or doubled, or the two files disagree.
     """
     summary_path, samples_path = folder / "eval.json", folder / "samples.jsonl"
-    for path in (summary_path, samples_path):
-        if not path.is_file():
-            raise UserError(f"{folder} is no evaluation: {path.name} is missing; make it with `distill eval --out`")
+    _require(summary_path)
     try:
         summary = json.loads(summary_path.read_text(encoding="utf-8"))
-        questions, per_question = int(summary["questions"]), int(summary["samples_per_question"])
-    except (ValueError, TypeError, KeyError) as error:
+        harness = summary.get("harness")
+        questions, per_question = (0, 0) if harness else (int(summary[key]) for key in COUNTS)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{summary_path} is unreadable ({error!r}); evaluate again") from error
+    if harness:
+        raise UserError(
+            f"{folder} holds scores made by {harness}: means without the samples behind them cannot be compared "
+            "question by question; evaluate with --prompts instead of --harness"
+        )
+    _require(samples_path)
 
     groups: dict[str, list[Trace]] = {}
     with samples_path.open(encoding="utf-8") as lines:
@@ -96,12 +110,20 @@ def load_evaluation(folder: Path) -> Evaluation:
     return evaluation
 
 
-def summarise(samples: Iterable[Trace], *, samples_per_question: int) -> dict[str, Any]:
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path.parent} is no evaluation: {path.name} is missing; make it with `distill eval --out`")
+
+
+def summarise(
+    samples: Iterable[Trace], *, samples_per_question: int, classes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return the scores of an evaluation as they stand in `eval.json`.
 
     Args:
         samples: every sample of every question, judged, in any order.
         samples_per_question: K; each question must have exactly K.
+        classes: of wrong answers, see `majority_score`.
 
     Raises:
         ValueError: no question, or one with more or fewer than K samples.
@@ -115,16 +137,20 @@ def summarise(samples: Iterable[Trace], *, samples_per_question: int) -> dict[st
     scores = {uid: [sample_score(trace) for trace in group] for uid, group in groups.items()}
     per_question = [math.fsum(values) / samples_per_question for values in scores.values()]
     accuracy, stderr = mean_and_stderr(per_question)
-    right = [sum(value == 1.0 for value in values) for values in scores.values()]
+    right = [sum(map(is_right, group)) for group in groups.values()]
+    by_k = {k: _mean(pass_at_k(samples_per_question, c, k) for c in right) for k in doublings(samples_per_question)}
     everything = [trace for group in groups.values() for trace in group]
     return {
         "pass@1": accuracy,
-        "pass@k": _mean(pass_at_k(samples_per_question, c, samples_per_question) for c in right),
-        "maj@k": _mean(majority_score(group) for group in groups.values()),
+        "pass@k": by_k[samples_per_question],
+        "pass@k_by_k": {str(k): share for k, share in by_k.items()},
+        "maj@k": _mean(majority_score(group, classes) for group in groups.values()),
         "stderr": stderr if math.isfinite(stderr) else None,  # one question has none, and nan is not JSON
         "ci95": list(accuracy_interval(per_question, samples_per_question=samples_per_question)),
         "truncated": _mean(trace.finish_reason == "length" for trace in everything),
         "no_answer": _mean(not gave_answer(trace) for trace in everything),
+        "repetition": _mean(LOOP in trace.flags for trace in everything),
+        "language_mixed": _mean(MIXED in trace.flags for trace in everything),
         "mean_completion_tokens": _mean(trace.num_completion_tokens for trace in everything),
         "questions": len(groups),
         "samples_per_question": samples_per_question,
@@ -132,13 +158,24 @@ def summarise(samples: Iterable[Trace], *, samples_per_question: int) -> dict[st
     }
 
 
-def majority_score(group: Sequence[Trace]) -> float:
+def doublings(most: int) -> list[int]:
+    """Return 1, 2, 4, ... up to `most`, and `most` itself."""
+    return [*(1 << power for power in range((most - 1).bit_length())), most]
+
+
+def majority_score(group: Sequence[Trace], classes: Mapping[str, str] | None = None) -> float:
     """Return the chance that a majority vote over one question's samples is right; ties are drawn by lot.
 
-    All answers the verifier found equal to the gold are one class, since they equal each other; wrong answers are
-    classed by their text. A sample without an answer does not vote.
+    All answers the verifier found equal to the gold are one class, since they equal each other. A sample without an
+    answer does not vote.
+
+    Args:
+        group: all samples of one question.
+        classes: uid to class of wrong answers, where some are equal and written differently; the others are classed
+            by their text.
     """
-    votes = Counter(True if sample_score(t) == 1.0 else t.predicted for t in group if gave_answer(t))
+    known = classes or {}
+    votes = Counter(True if is_right(t) else known.get(t.uid, t.predicted) for t in group if gave_answer(t))
     if not votes:
         return 0.0
     most = max(votes.values())

@@ -93,6 +93,18 @@ def run(model: nn.Module, head: Head, batch: Batch, capture: Capture | None = No
     return Forward(whole(part.hidden for part in parts), head, layers, attention)  # type: ignore[arg-type]
 
 
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode: nothing is dropped out; every module is as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
 # What one more pass costs a CPU in each layer, in products of two numbers: those it makes while a layer is dispatched.
 PASS_PRODUCTS = 6e6
 

@@ -6,6 +6,7 @@ Everything is checked before anything is loaded or a folder taken, as far as it 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from distill.divergences import DIVERGENCES
 from distill.errors import UserError
 from distill.losses import LOSSES, LossMode
 from distill.losses.mixture import GIVEN, check_weights, find_mode
+from distill.reinforce.recipes import LOSS_OPTIONS, RECIPE, recipe_of
 from distill.store import SIGNAL
 from distill.tables import bind, lookup, suggest
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 TRAINER = "trainer"  # the section of --set that is not a loss mode
 FLAGS = ("divergence", "temperature", "hard_label_weight")  # options of a mode that have flags of their own
+REWARDED = ("preset", "reward", "reward_option", "verifier_option", *RECIPE)  # flags that only rewards give a meaning
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,25 @@ def read_objective(config: TrainConfig, alignment: Alignment | None = None) -> O
     objective = Objective(weights, loss_options(config, modes), needs(weights, modes), teacher_source(config))
     if config.packing and alignment is not None:
         raise UserError("--packing needs one tokenizer: a teacher of another one reads rows of other lengths")
-    if config.packing and "rollouts" in objective.needs:
-        raise UserError("--packing and on-policy do not go together: rollouts are written one sequence to a row")
+    written = objective.needs & {"rollouts", "rewards"}
+    if config.packing and written:
+        raise UserError(
+            "--packing and completions that the student writes do not go together: they are one sequence to a row"
+        )
+    if config.rollout_backend == "vllm":
+        if not written:
+            raise UserError(f"--rollout-backend says nothing to {', '.join(weights)}: the student writes nothing")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "--rollout-backend vllm works in one process: start without a launcher, or use transformers"
+            )
+    elif config.rollout_engine_arg:
+        raise UserError("--rollout-engine-arg is for --rollout-backend vllm")
+    if "rewards" in objective.needs and alignment is not None:
+        raise UserError(
+            "grpo beside a teacher of another tokenizer is not supported: take a teacher with the student's tokenizer, "
+            "or train by grpo alone and distil before or after"
+        )
     if config.teacher_tokenizer is not None and objective.source != "signal":
         raise UserError("--teacher-tokenizer says whose tokens stored numbers are of, and none are read here")
     if config.load_in_4bit and config.lora_r is None:
@@ -155,6 +175,10 @@ def loss_options(config: TrainConfig, stand_ins: Mapping[str, LossMode] | None =
         UserError: a flag or section that no mode takes, an option a mode has not, an unknown divergence.
     """
     functions = {name: find_mode(name, stand_ins).fn for name in loss_weights(config)}
+    rewarded = "rewards" in needs(functions, stand_ins)
+    stray = [name for name in REWARDED if getattr(config, name) not in (None, [])]
+    if stray and not rewarded:
+        raise UserError(f"--{stray[0].replace('_', '-')} says nothing to {', '.join(functions)}: it is for grpo")
     options: dict[str, dict[str, Any]] = {name: {} for name in functions}
     accepted = {name: _options_of(function) for name, function in functions.items()}
 
@@ -174,6 +198,10 @@ def loss_options(config: TrainConfig, stand_ins: Mapping[str, LossMode] | None =
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise UserError(f"--divergence-option takes name=number, not {name}={value!r}")
         give("divergence_options", numbers, "--divergence-option")
+    recipe = recipe_of(config) if rewarded else None
+    for option in LOSS_OPTIONS if recipe is not None else ():
+        if (value := getattr(recipe, option)) is not None:
+            give(option, value, "--" + option.replace("_", "-"))
     for section, values in _sections(config.set, functions).items():
         options[section] |= values
     for name, chosen in options.items():

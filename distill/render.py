@@ -187,6 +187,12 @@ def answer_only(content: str, *, predicted: str | None = None, gold: str | None 
     raise UserError("no final answer: no text after </think>, no \\boxed{...}, and neither 'predicted' nor 'gold'")
 
 
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text of generated ids without special tokens, unless the reasoning tags themselves are special."""
+    keep_special = {"<think>", "</think>"} & set(tokenizer.all_special_tokens)
+    return str(tokenizer.decode(ids, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False))
+
+
 def continuation(prefill: str, content: str) -> str:
     """Return the part of the assistant's `content` that comes after what the template already wrote."""
     if not prefill:

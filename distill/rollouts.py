@@ -7,8 +7,8 @@ state, which is neither read nor moved. A resumed run therefore writes what the 
 
 The ids are trained as they were drawn; they are never decoded and tokenised again. `transformers`' own `generate` does
 the work, so it is right for any model and slow for large ones. What is made of a rollout is a loss mode's matter
-(`distill.losses.on_policy`). Not here: several completions of one prompt, rewards, other engines, packed batches, and
-students whose weights are sharded over devices.
+(`distill.losses.on_policy`), and so is what it is worth (`distill.reinforce`). Not here: packed batches, and students
+whose weights are sharded over devices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,10 +27,33 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from distill.batch import Batch, collate
 from distill.errors import UserError
+from distill.forward import at_rest
 from distill.render import Example
 
 COIN, ROW = 0, 1  # what a random stream is for; keeps streams of different use apart
 BITS = 60  # a probability becomes an integer below 2^BITS: their sums are exact, and fit int64 for any vocabulary
+
+
+class Completed(NamedTuple):
+    """A completion by another engine: its tokens, whether it ended by itself, and what each was drawn with, in nats."""
+
+    ids: list[int]
+    ended: bool
+    logps: list[float]
+
+
+class Writer(Protocol):
+    """An engine that writes completions with weights it is given."""
+
+    def sync(self, student: Any) -> None:
+        """Take the student's present weights."""
+        ...
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], *, rooms: Sequence[int], seeds: Sequence[int], temperature: float
+    ) -> list[Completed]:
+        """Return a completion of each prompt, of at most so many tokens, in order."""
+        ...
 
 
 class Rolled(NamedTuple):
@@ -63,6 +86,7 @@ class Rollouts:
         max_completion_length: most tokens of a completion; None is what `max_length` leaves, prompt by prompt.
         temperature: divides the logits when drawing; 0 is greedy. Not the temperature of a divergence.
         top_p: nucleus mass kept when drawing.
+        writer: an engine that writes in the student's place, with its weights; None is transformers' `generate`.
         student_share: share of the optimizer steps whose completions the student writes, GKD's lambda; the others keep
             the batch's own. Decided by seed and step, for all micro-batches and ranks alike.
 
@@ -81,6 +105,7 @@ class Rollouts:
     temperature: float = 1.0
     top_p: float = 1.0
     student_share: float = 1.0
+    writer: Writer | None = None
 
     def __post_init__(self) -> None:
         assert self.end_ids, "a student that cannot stop cannot be trained to"
@@ -93,6 +118,10 @@ class Rollouts:
         ):
             if not right:
                 raise UserError(f"rollouts: {name} must be {allowed}, not {getattr(self, name)}")
+        if self.writer is not None and self.top_p != 1.0:
+            raise UserError(
+                f"rollouts: vLLM writes them from the whole distribution: top_p must be 1, not {self.top_p}"
+            )
         if limit is None and self.max_length is None:
             raise UserError(
                 "the student's config does not say how long its context is: give max_completion_length for its rollouts"
@@ -149,20 +178,13 @@ class Rollouts:
             raise UserError("rollouts need one sequence to a row: switch packing off")
         if not self.writes(step):
             return Rolled(batch, {}, {})
-        if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in self.student.parameters()):
-            raise UserError(
-                "the student cannot write rollouts while its weights are sharded (FSDP, ZeRO-3, tensor parallel): "
-                "train it with DDP, or ZeRO stage 1 or 2"
-            )
         device = batch.input_ids.device
         ids, weights = batch.input_ids.tolist(), batch.weights.cpu().numpy()
-        drafts = []
-        for row, (tokens, weight) in enumerate(zip(ids, weights, strict=True)):
-            prompt = tokens[: _prompt_length(weight)]
-            room = self.room(len(prompt))
-            drafts.append(_Draft(prompt, _draws([ROW, self.seed, step, first_row + row], room)))
-        with _generating(self.student):
-            self._complete(drafts, device)
+        prompts = [tokens[: _prompt_length(weight)] for tokens, weight in zip(ids, weights, strict=True)]
+        keys = [(ROW, self.seed, step, first_row + row) for row in range(len(prompts))]
+        if self.writer is not None:
+            self.writer.sync(self.student)
+        drafts = self.write(prompts, keys, device=device)
         rolled = collate([draft.example() for draft in drafts], pad_id=self.pad_id).to(device)
         lengths = rolled.lengths().to(torch.float64)
         metrics = {
@@ -171,7 +193,35 @@ class Rollouts:
         }
         return Rolled(rolled, metrics, {"rollout_tokens": lengths.sum(), "rollout_squares": lengths.square().sum()})
 
-    def _complete(self, drafts: list[_Draft], device: torch.device) -> None:
+    def write(
+        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], *, device: torch.device
+    ) -> list[Draft]:
+        """Return a completion of each prompt.
+
+        Args:
+            keys: whole numbers from which alone a completion's draws follow.
+
+        Raises:
+            UserError: a sharded student, or too little room (`room`).
+        """
+        if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in self.student.parameters()):
+            raise UserError(
+                "the student cannot write rollouts while its weights are sharded (FSDP, ZeRO-3, tensor parallel): "
+                "train it with DDP, or ZeRO stage 1 or 2"
+            )
+        rooms = [self.room(len(prompt)) for prompt in prompts]
+        if self.writer is not None:
+            seeds = [int(_draws(key, 1)[0]) for key in keys]
+            written = self.writer.write(prompts, rooms=rooms, seeds=seeds, temperature=self.temperature)
+            return [Draft(prompt, *each) for prompt, each in zip(prompts, written, strict=True)]
+        drafts = [
+            Draft(prompt, draws=_draws(key, room)) for prompt, key, room in zip(prompts, keys, rooms, strict=True)
+        ]
+        with _generating(self.student):
+            self._complete(list(drafts), device)
+        return drafts
+
+    def _complete(self, drafts: list[Draft], device: torch.device) -> None:
         """Let all go as far as the fullest sequence allows, then those that may and want go on."""
         while drafts:
             steps = min(draft.left for draft in drafts)
@@ -192,13 +242,17 @@ class Rollouts:
 
 
 @dataclass(slots=True)
-class _Draft:
-    """A completion being written: as many tokens as there are draws, at most."""
+class Draft:
+    """A completion being written: as many tokens as there are draws, at most.
+
+    `ids` hold its end token, and `logps` what each token was drawn with, where an engine of another kind drew it.
+    """
 
     prompt: list[int]
-    draws: np.ndarray
     ids: list[int] = field(default_factory=list)
     ended: bool = False
+    logps: list[float] | None = None
+    draws: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def left(self) -> int:
@@ -281,21 +335,19 @@ def _generating(model: Any) -> Iterator[None]:
 
     A folder's generation_config may penalise repetition or keep the top k, and `generate` would obey it unasked.
     """
-    training = {module: module.training for module in model.modules()}
-    settings = {module: vars(module)["generation_config"] for module in training if "generation_config" in vars(module)}
-    model.eval()
+    modules = list(model.modules())
+    settings = {module: vars(module)["generation_config"] for module in modules if "generation_config" in vars(module)}
     for module in settings:
         module.generation_config = GenerationConfig()
     try:
-        yield
+        with at_rest(model):
+            yield
     finally:
         for module, before in settings.items():
             module.generation_config = before
-        for module, was in training.items():
-            module.training = was
 
 
-def _draws(key: list[int], size: int) -> np.ndarray:
+def _draws(key: Sequence[int], size: int) -> np.ndarray:
     """Return `size` uniform integers below 2^BITS, of 52 random bits each."""
     return np.random.default_rng(key).integers(2**52, size=size, dtype=np.int64) << (BITS - 52)
 

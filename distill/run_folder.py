@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,13 @@ from distill.checkpoints import last_checkpoint, reason
 from distill.config import TrainConfig
 from distill.dataset import data_file, sha256
 from distill.errors import RunError, UserError
-from distill.store import write_json
+from distill.records import content_hash
+from distill.store import JOURNAL, write_json
 
 RECIPE = "recipe.json"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+MILESTONES = "milestones"
 FREE = {"out", "resume"}  # settings that may differ between two starts of one run
 
 
@@ -35,7 +38,7 @@ def open_run(config: TrainConfig) -> Literal["new", "resumed", "finished"]:
     out = config.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, not a folder")
-    data_hash = sha256(data_file(config.data))
+    data_hash = data_content(config)
     if not (out / RECIPE).exists():
         if out.is_dir() and any(out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no training run: choose another folder")
@@ -77,8 +80,26 @@ def claim(config: TrainConfig) -> None:
     except OSError as error:
         raise UserError(f"--out {config.out} cannot be made: {error.strerror}") from error
     if not (config.out / RECIPE).exists():
-        data_hash = sha256(data_file(config.data))
-        write_json(config.out / RECIPE, {"recipe": _recipe(config), "data_sha256": data_hash})
+        write_json(config.out / RECIPE, {"recipe": _recipe(config), "data_sha256": data_content(config)})
+
+
+def data_content(config: TrainConfig) -> str:
+    """Return the hash of what a run learns from: of the traces' file, or of the questions where answers are rewarded.
+
+    Questions that are made or fetched by name (`nano:2`) are known by that name.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    from distill.objective import loss_weights, needs
+
+    if "rewards" not in needs(loss_weights(config)):
+        return sha256(data_file(config.data))
+    journal = config.data / JOURNAL
+    if config.data.is_dir() and not journal.is_file():
+        raise UserError(f"--data: the folder {config.data} has no {JOURNAL}: it is not a trace store")
+    path = journal if journal.is_file() else config.data
+    return sha256(path) if path.is_file() else content_hash(str(config.data))
 
 
 def save_final(trainer: Any, out: Path) -> None:
@@ -92,27 +113,53 @@ def save_final(trainer: Any, out: Path) -> None:
     Raises:
         RunError: the disk refused; the checkpoints stay.
     """
-    from distill.lora import is_lora, save_merged
-
     aside = out / ".final"
-    if trainer.is_world_process_zero():
-        shutil.rmtree(aside, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
     try:
-        if is_lora(trainer.student):
-            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-            if trainer.is_world_process_zero():
-                save_merged(trainer.student, aside, state)
-                trainer.processing_class.save_pretrained(aside)
-        else:
-            trainer.save_model(str(aside))
+        _write_model(trainer, aside)
         if trainer.is_world_process_zero():
-            trainer.beside.save_weights(aside)
-            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe is in run.json
             _move_into(aside, out)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"cannot write the model into {out}: {reason(error)}; run again with --resume") from error
+
+
+def save_milestone(trainer: Any, out: Path, number: int, record: Mapping[str, Any]) -> None:
+    """Save the model as it is now into OUT/milestones/NUMBER, with its own `run.json`: a folder like a finished run's.
+
+    Raises:
+        RunError: the disk refused.
+    """
+    folder = out / MILESTONES / str(number)
+    aside = out / f".milestone-{number}"
+    try:
+        _write_model(trainer, aside)
+        if trainer.is_world_process_zero():
+            write_json(aside / RUN, dict(record))
+            shutil.rmtree(folder, ignore_errors=True)  # of before a resume
+            folder.parent.mkdir(exist_ok=True)
+            aside.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(f"cannot write {folder}: {reason(error)}; run again with --resume") from error
+
+
+def _write_model(trainer: Any, aside: Path) -> None:
+    """Write the model into a folder of its own, on the first rank; all take part."""
+    from distill.lora import is_lora, save_merged
+
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    if is_lora(trainer.student):
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.is_world_process_zero():
+            save_merged(trainer.student, aside, state)
+            trainer.processing_class.save_pretrained(aside)
+    else:
+        trainer.save_model(str(aside))
+    if trainer.is_world_process_zero():
+        trainer.beside.save_weights(aside)
+        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe is in run.json
 
 
 def _move_into(aside: Path, out: Path) -> None:

@@ -66,7 +66,10 @@ class Tally:
         return {name: total / weight if weight else math.nan for name, (total, weight) in sums.items()}
 
     def ledger(self, student: Any, teacher: Any, *, trained_share: float = 1.0) -> dict[str, Any]:
-        """Return what the run cost so far on all ranks: flops, seconds, tokens, trained_tokens, rollout_tokens.
+        """Return what the run cost so far on all ranks: flops, seconds, tokens, trained_tokens.
+
+        Where the student writes: `rollout_tokens`, prompts included; where it is rewarded: `questions` asked (again is
+        counted again) and `verifier_calls`.
 
         Args:
             student, teacher: text configs; `teacher` is None where none runs.
@@ -81,11 +84,13 @@ class Tally:
         # Going backward costs a forward pass for the gradients by what enters a layer, and one for those by weights.
         flops = (2 + trained_share) * forward(student, TOKENS, SQUARES)
         flops += forward(student, "rollout_tokens", "rollout_squares")
+        flops += forward(student, "read_tokens", "read_squares")  # completions read once more, by it or its reference
         if teacher is not None:
             flops += forward(teacher, TOKENS, SQUARES)
         seconds = self.seconds_before + time.perf_counter() - self.started
         tokens = {"tokens": int(count.get(TOKENS, 0)), "trained_tokens": int(count.get("trained", 0))}
-        rolled = {"rollout_tokens": int(count["rollout_tokens"])} if "rollout_tokens" in count else {}
+        names = [name for name in ("rollout_tokens", "questions", "verifier_calls") if name in count]
+        rolled: dict[str, Any] = {name: int(count[name]) for name in names}
         return {"flops": flops, "seconds": seconds, **tokens, **rolled}
 
     def state(self) -> dict[str, Any]:

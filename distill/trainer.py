@@ -5,7 +5,9 @@
 over all micro-batches and ranks, so how a step is split, padded, packed or spread cannot change a gradient. Beyond
 that it adds what a long run needs: a NaN stops it at once, a checkpoint appears whole or not at all, and a resumed run
 is the uninterrupted one. On-policy modes have their batches rewritten by the student (`distill.rollouts`) before the
-mass is counted; what modes train beside the student is `distill.beside`. Data, recipes and folders are `distill.train`.
+mass is counted, and reinforcement brings batches of its own (`distill.reinforce`); what modes train beside the student
+is `distill.beside`. A run may be measured by what it spends (`distill.budget`). Data, recipes and folders are
+`distill.train`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from transformers.utils import logging
 from distill.alignment import Alignment
 from distill.batch import Batch
 from distill.beside import Beside
+from distill.budget import FINE, Budget, Ending, follow
 from distill.callbacks import METRICS, MetricsFile, keep_until
 from distill.checkpoints import STATE, checkpoints, last_checkpoint, reason
 from distill.errors import RunError, UserError
@@ -39,10 +42,14 @@ from distill.forward import Forward, read_head, run
 from distill.ledger import forward_flops
 from distill.losses.mixture import Mixture
 from distill.models import context_length
+from distill.reinforce.experience import Experience
+from distill.reinforce.journal import ROLLOUTS
+from distill.reinforce.reference import Readers
 from distill.rollouts import Rollouts
 from distill.tally import SQUARES, TOKENS, Tally
 
 STAGING = ".saving"
+EXPERIENCE = "experience-{}.pt"  # of a rank
 TEACHER_TOKENS, TEACHER_SQUARES = "teacher_tokens", "teacher_squares"  # of a teacher that reads other ones
 
 
@@ -63,6 +70,8 @@ class DistillTrainer(Trainer):
         loss: a name of `LOSSES`, or mode -> weight.
         loss_options: mode -> its keyword-only arguments.
         rollouts: writes the batches of on-policy modes.
+        experience: writes and rewards the batches of reinforcement modes, and takes the place of the dataset's items.
+        budget: what the run may spend; it then ends where `args.max_steps` or the budget does.
         metrics_folder: where `metrics.jsonl` and `timings.jsonl` go; None writes none.
         alignment: of a teacher with another tokenizer, whose tokens the batches then bring along; None where teacher
             and student have one vocabulary.
@@ -85,6 +94,8 @@ class DistillTrainer(Trainer):
         loss: str | Mapping[str, float],
         loss_options: Mapping[str, Mapping[str, Any]] | None = None,
         rollouts: Rollouts | None = None,
+        experience: Experience | None = None,
+        budget: Budget | None = None,
         metrics_folder: Path | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         alignment: Alignment | None = None,
@@ -95,7 +106,7 @@ class DistillTrainer(Trainer):
             student=model,
             teacher=teacher,
             num_outcomes=len(processing_class),
-            rollouts=rollouts,
+            rollouts=rollouts if experience is None else experience.rollouts,
             stand_ins=None if alignment is None else alignment.modes,
         )
         self.alignment = alignment
@@ -103,7 +114,9 @@ class DistillTrainer(Trainer):
             raise UserError(f"the loss ({loss}) needs a teacher that runs")
         if teacher is not None and self.loss.needs.isdisjoint({"teacher", "teacher_logits"}):
             raise UserError(f"the loss ({loss}) asks no teacher, and one was given")
-        if ("rollouts" in self.loss.needs) != (rollouts is not None):
+        if ("rewards" in self.loss.needs) != (experience is not None):
+            raise UserError(f"the loss ({loss}) " + ("takes no rewards" if experience else "needs rewards"))
+        if ("rollouts" in self.loss.needs and experience is None) != (rollouts is not None):
             raise UserError(f"the loss ({loss}) " + ("takes no rollouts" if rollouts else "needs rollouts"))
         head = model.get_output_embeddings()
         if not self.loss.reads_head and head.weight is not model.get_input_embeddings().weight:
@@ -126,10 +139,25 @@ class DistillTrainer(Trainer):
         self.beside = Beside(self.loss.modules, args, self.accelerator)
         self.add_callback(self.beside)
         self.rollouts = rollouts
+        self.experience = experience
+        self.budget = budget or None
+        if self.budget is not None:
+            self.add_callback(Ending(self.progress))
         self.metrics_folder = metrics_folder
         self.checkpoints_folder = Path(str(self.args.output_dir))
         self.student: Any = self.model
         self.student_head = read_head(self.student, "student")
+        self.readers = None
+        if experience is not None:
+            self.readers = Readers(
+                self.student,
+                self.student_head,
+                num_outcomes=len(processing_class),
+                temperature=experience.rollouts.temperature,
+                reference=experience.recipe.beta > 0,
+                sync_steps=experience.recipe.ref_model_sync_steps,
+                autocast=self.accelerator.autocast,
+            )
         sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
         self.trained_share = sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
         self.teacher = teacher
@@ -151,6 +179,13 @@ class DistillTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return the micro-batches of one optimizer step and their trained-token mass, over all ranks."""
         batches, mass = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.experience is not None and self.readers is not None and batches:
+            self.readers.after(self.state.global_step)
+            step = self.experience.step(self.state.global_step, self.readers, device, reduce=self.tally.reduce)
+            self.tally.add(step.metrics, step.counts)
+            total = self.accelerator.reduce(torch.tensor(step.mass, device=device), "sum")
+            # Where every completion was cut and cut ones teach nothing there is no mass, and the sum is 0.
+            return [batch.tensors() for batch in step.batches], total.clamp(min=1.0)
         if self.rollouts is None or not batches:
             return batches, mass
         rolled = []
@@ -175,7 +210,7 @@ class DistillTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Return the trained-token mass of one optimizer step, over its micro-batches and all ranks."""
-        if not batch_samples:
+        if not batch_samples or "weights" not in batch_samples[0]:
             return None
         mass = torch.stack([inputs["weights"][:, 1:].sum() for inputs in batch_samples]).sum().to(device)
         return self.accelerator.reduce(mass, "sum")
@@ -188,8 +223,7 @@ class DistillTrainer(Trainer):
         with self.accelerator.autocast():
             student = run(model, self.student_head, batch, self.loss.student_capture)
             teacher = None if self.teacher is None else self._teach(batch)
-            progress = self.state.global_step / max(self.state.max_steps, 1)
-            output = self.loss(student, teacher, batch, progress=progress)
+            output = self.loss(student, teacher, batch, progress=self.progress())
         if self.student.training:
             self.tally.step(batch, output)
             if batch.other is not None and teacher is not None:
@@ -235,6 +269,29 @@ class DistillTrainer(Trainer):
     def _last_kept(self) -> str:
         last = last_checkpoint(self.checkpoints_folder)
         return f"the last checkpoint is {last}" if last else "no checkpoint had been written yet"
+
+    # -- how far it is
+
+    def progress(self) -> float:
+        """Return the share of the run that is done: of its steps, or of its budget where that is nearer its end."""
+        done = self.state.global_step / max(self.state.max_steps, 1)
+        if self.budget is None:
+            return done
+        ledger = self.ledger()
+        # Clocks differ between ranks, and all must come to one answer.
+        seconds = torch.tensor(ledger["seconds"], dtype=torch.float64, device=self.args.device)
+        ledger["seconds"] = float(self.accelerator.reduce(seconds, "mean"))
+        return max(done, self.budget.share(ledger))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the schedule, which follows the budget where there is one."""
+        if self.budget is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            used = optimizer or self.optimizer
+            assert used is not None, "transformers makes the optimizer first"
+            self.lr_scheduler = follow(super().create_scheduler(FINE, optimizer), used, self.progress)
+        return self.lr_scheduler
 
     # -- what is counted
 
@@ -292,7 +349,13 @@ class DistillTrainer(Trainer):
             self.tally.restore(state, self.args.device)
             if self.metrics_folder is not None:
                 keep_until(self.metrics_folder / METRICS, state["step"])
-        return state["step"] >= state["max_steps"] and state["length"] == self._length()
+        if self.experience is not None and self.readers is not None:
+            kept = torch.load(checkpoint / EXPERIENCE.format(self.args.process_index), weights_only=True)
+            self.experience.restore(kept["experience"])
+            self.readers.restore(kept["reference"])
+            if self.is_world_process_zero() and self.metrics_folder is not None:
+                keep_until(self.metrics_folder / ROLLOUTS, state["step"])
+        return state["progress"] >= 1.0 and state["length"] == self._length()
 
     def _length(self) -> list[float]:
         return [self.args.max_steps, self.args.num_train_epochs]
@@ -316,7 +379,7 @@ class DistillTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         state = {
             "step": self.state.global_step,
-            "max_steps": self.state.max_steps,
+            "progress": self.progress(),
             "length": self._length(),
             **self.tally.state(),
             "seconds": self.ledger()["seconds"],
@@ -330,6 +393,9 @@ class DistillTrainer(Trainer):
             if self.is_world_process_zero():
                 (self.staging / name / STATE).write_text(json.dumps(state), encoding="utf-8")
                 self.beside.save(self.staging / name)
+            if self.experience is not None and self.readers is not None:
+                kept = {"experience": self.experience.state(), "reference": self.readers.state()}
+                torch.save(kept, self.staging / name / EXPERIENCE.format(self.args.process_index))
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self.staging, ignore_errors=True)
             raise RunError(f"cannot write {folder / name}: {reason(error)}; {self._last_kept()}") from error

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 
+from distill.budget import UNBOUNDED, Budget
 from distill.config import TrainConfig
 from distill.errors import UserError
 from distill.objective import TRAINER
@@ -39,7 +40,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps or -1,
+        "max_steps": config.max_steps or (UNBOUNDED if budget_of(config) else -1),
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_checkpointing": config.gradient_checkpointing,
@@ -72,6 +73,20 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         # One GPU is used; several are for one process each (accelerate launch).
         args._n_gpu = 1
     return args
+
+
+def budget_of(config: TrainConfig) -> Budget:
+    """Return what a run may spend.
+
+    Raises:
+        UserError: a warm-up in steps, which a run measured by what it spends does not know the number of.
+    """
+    budget = Budget(config.max_flops, config.max_seconds, config.max_tokens)
+    if budget and config.warmup_steps >= 1:
+        raise UserError(
+            f"--warmup-steps {config.warmup_steps:g} beside a budget: give a share of the run, such as 0.03"
+        )
+    return budget
 
 
 def _reporters(names: str) -> list[str]:

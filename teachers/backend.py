@@ -95,12 +95,6 @@ def room(num_prompt_tokens: int, context: int | None, limit: int | None) -> int 
     return limit or left
 
 
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Return the text of generated ids without special tokens, unless the reasoning tags themselves are special."""
-    keep_special = {"<think>", "</think>"} & set(tokenizer.all_special_tokens)
-    return str(tokenizer.decode(ids, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False))
-
-
 def engine_options(pairs: Iterable[str], known: Iterable[str] | None = None) -> dict[str, Any]:
     """Parse `--engine-arg key=value` arguments; see `distill.config.key_values`."""
     return key_values(pairs, "--engine-arg", known)

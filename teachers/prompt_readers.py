@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ from distill.errors import UserError
 from distill.tables import suggest
 
 
-def read_rows(source: str) -> Iterator[tuple[str, Any]]:
+def read_rows(source: str, *, names: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
     """Yield every row of a file or hub dataset with where it stands; a line that cannot be read is a ValueError.
+
+    Args:
+        source: a path, or `hf:NAME[:CONFIG[:SPLIT]]`.
+        names: of sources that are no files, for whoever mistyped one.
 
     Raises:
         UserError: the source does not exist, is not of a known kind, or is damaged as a whole.
@@ -25,10 +29,11 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         known = ", ".join(READERS)
         what = "is a folder" if path.is_dir() else "does not exist"
-        hint = suggest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        named = ", ".join(names)
+        there = [*names, *(p.name for p in path.parent.iterdir())] if path.parent.is_dir() else []
         raise UserError(
-            f"prompts {source!r} {what}{hint}; give a {known} file, hf:NAME[:CONFIG[:SPLIT]], "
-            "reasoning-gym:TASK or nano[:LEVEL]"
+            f"prompts {source!r} {what}{suggest(path.name, there)}; give a {known} file, hf:NAME[:CONFIG[:SPLIT]], "
+            f"reasoning-gym:TASK or nano[:LEVEL]{', or an exam: ' if named else ''}{named}"
         )
     if kind not in READERS:
         raise UserError(f"cannot read prompts from {source!r}: known file types are {', '.join(READERS)}")

@@ -19,10 +19,11 @@ from distill.errors import UserError
 from distill.records import Message, Prompt
 from distill.tables import suggest
 from teachers import nano
+from teachers.exams.catalogue import EXAMS, exam_of, exam_rows
 from teachers.gym_prompts import gym_prompts
 from teachers.prompt_readers import read_rows
 from teachers.row_meta import choice_gold, choices_of, tests_of, with_choices, with_tests
-from teachers.verifiers.gold import missing
+from teachers.verifiers.gold import missing, verifier_name
 
 QUESTION_COLUMNS = ("messages", "prompt", "question", "problem")
 GOLD_COLUMNS = ("answer", "gold", "solution")
@@ -43,9 +44,10 @@ def read_prompts(
     """Read a SRC into prompts, in order, each question once.
 
     Args:
-        source: a file, `hf:NAME[:CONFIG[:SPLIT]]`, `reasoning-gym:TASK[?k=v&k=v]` or `nano[:LEVEL]`.
+        source: a file, `hf:NAME[:CONFIG[:SPLIT]]`, an exam of `teachers.exams.catalogue` (`gsm8k`, `svamp:FILE`),
+            `reasoning-gym:TASK[?k=v&k=v]` or `nano[:LEVEL]`.
         limit: use only the first `limit` rows.
-        split: which of the problems that are made here is meant (nano, reasoning-gym), "train" or "heldout".
+        split: "train" or "heldout", where a source knows both: problems that are made here, and exams on the hub.
         system_prompt: put before every question that brings no system message of its own.
 
     Returns:
@@ -62,9 +64,15 @@ def read_prompts(
     elif source.startswith("reasoning-gym:"):
         prompts, bad = list(gym_prompts(source.removeprefix("reasoning-gym:"), split=split, limit=limit)), []
     else:
-        prompts, bad = _parse(read_rows(source), limit)
+        exam = exam_of(source)
+        prompts, bad = _parse(exam_rows(source, split) if exam else read_rows(source, names=EXAMS), limit)
         if not prompts and not bad:
             raise UserError(f"{source} is empty: it has no rows")
+        if exam:
+            fits = [verifier_name("auto", [prompt]) == exam.verifier for prompt in prompts]
+            why = f"the verifier {exam.verifier} has nothing to judge it by"
+            bad += [BadRow(prompt.source, why) for prompt, fit in zip(prompts, fits, strict=True) if not fit]
+            prompts = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
     if system_prompt is not None:
         prompts = [_with_system(prompt, system_prompt) for prompt in prompts]
     return prompts, bad
@@ -210,12 +218,15 @@ def _listed(row: Mapping[str, Any]) -> str:
     return ", ".join(repr(str(key)) for key in list(row)[:8]) or "no columns"
 
 
-def require(prompts: list[Prompt], bad: list[BadRow], *, verifier: str | None, skip: bool) -> list[Prompt]:
+def require(
+    prompts: list[Prompt], bad: list[BadRow], *, verifier: str | None, skip: bool | None = None
+) -> list[Prompt]:
     """Return the prompts that can be used, or refuse: each question once, with what the verifier needs.
 
     Args:
         verifier: judges the answers; None where nothing does, or right and wrong ones are kept.
-        skip: leave the unusable rows out instead of refusing; the caller has shown them.
+        skip: leave the unusable rows out instead of refusing; the caller has shown them. None: refuse, and offer no
+            --skip-bad-rows, which the command does not have.
 
     Raises:
         UserError: unusable rows and not `skip`, or nothing left.
@@ -226,6 +237,8 @@ def require(prompts: list[Prompt], bad: list[BadRow], *, verifier: str | None, s
     if bad and not skip:
         more = f" (and {len(bad) - 3} more rows)" if len(bad) > 3 else ""
         listed = "; ".join(f"{row.source}: {row.reason}" for row in bad[:3])
+        if skip is None:
+            raise UserError(f"{listed}{more}. Mend or remove them")
         hint = " or --keep any --verifier none" if short else ""
         raise UserError(f"{listed}{more}. Mend them, or leave them out with --skip-bad-rows{hint}")
     if not prompts:

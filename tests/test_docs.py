@@ -30,9 +30,11 @@ from distill.config import (
     FetchConfig,
     FilterConfig,
     GenerateConfig,
+    RunConfig,
     ScoreConfig,
     Section,
     TrainConfig,
+    ViewConfig,
     build,
 )
 from distill.divergences import DIVERGENCES
@@ -54,6 +56,8 @@ MODELS: dict[str, type[Section]] = {
     "eval": EvalConfig,
     "compare": CompareConfig,
     "fetch-model": FetchConfig,
+    "run": RunConfig,
+    "view": ViewConfig,
 }
 ROOMS = ("distill", "teachers", "students", "align")
 # README commands, made small: the last of two equal flags counts.
@@ -178,10 +182,11 @@ def test_flags_in_running_text_exist() -> None:
 
 
 def test_every_training_setting_is_explained() -> None:
-    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("training.md", "losses.md"))
+    pages = ("training.md", "losses.md", "reinforcement.md")
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in pages)
     for name in TrainConfig.model_fields:
         flag = "--" + name.replace("_", "-")
-        assert re.search(rf"{flag}(?![\w-])", text), f"neither docs/training.md nor docs/losses.md mentions {flag}"
+        assert re.search(rf"{flag}(?![\w-])", text), f"none of {', '.join(pages)} mentions {flag}"
     for name in (*DIVERGENCES, *(mode.replace("_", "-") for mode in LOSSES)):
         assert f"| `{name}` |" in text
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.batch import Batch, collate
+from distill.batch import Batch, PolicyRows, collate
 from distill.errors import UserError
 from distill.forward import read_head, run
 from distill.losses import LOSSES, LossOutput
@@ -41,7 +42,10 @@ def evaluate(name: str | dict[str, float], student, teacher, batch: Batch, progr
     """One batch under a mode with these options, or under a mixture (options by mode)."""
     weights = {name: 1.0} if isinstance(name, str) else name
     chosen = {name: options} if isinstance(name, str) else options
-    taught = any(LOSSES[mode].needs for mode in weights)
+    needs = frozenset().union(*(LOSSES[mode].needs for mode in weights))
+    taught = bool(needs & {"teacher", "teacher_logits"})
+    if "rewards" in needs:  # an advantage that a row keeps, whatever lies beside it
+        batch = replace(batch, policy=PolicyRows((batch.input_ids[:, 0] % 7 - 3) / 2))
     loss = Mixture(weights, chosen, student=student, teacher=teacher if taught else None, num_outcomes=TOKENS)
     ours = run(student, read_head(student, "student"), batch, loss.student_capture)
     theirs = None

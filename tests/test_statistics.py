@@ -1,4 +1,4 @@
-"""The statistics against closed forms, brute force, published examples and a simulation of what they promise."""
+"""The statistics against closed forms, brute force and published examples; what they promise is in test_simulation."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill import statistics
 from distill.statistics import (
     accuracy_interval,
+    components,
     holm,
     mean_and_stderr,
     minimum_detectable_effect,
     paired_bootstrap,
+    paired_t,
     pass_at_k,
+    seed_sd,
+    significance,
     student_t_quantile,
+    student_t_tail,
     wilcoxon_signed_rank,
     wilson_interval,
 )
@@ -43,6 +47,47 @@ def test_t_quantiles_are_the_tables() -> None:
     for p in (0.6, 0.9, 0.999, 0.9999):
         assert student_t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9)
         assert student_t_quantile(p, 2) == pytest.approx((2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p))), rel=1e-9)
+
+
+@given(st.floats(0.51, 0.9999), st.floats(1, 2e4))
+def test_t_tails_invert_the_quantiles(probability: float, degrees: float) -> None:
+    value = float(student_t_quantile(probability, degrees))
+    assert student_t_tail(value, degrees) == pytest.approx(1 - probability, rel=1e-3, abs=1e-9)
+
+
+def test_paired_t_published_example() -> None:
+    """Student's own sleep data (1908): ten patients, two drugs; t = 4.0621 with 9 degrees, two-sided p = 0.002833."""
+    first = np.array([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0])
+    second = np.array([1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
+    assert paired_t(second - first) == pytest.approx(0.00283289, rel=1e-5)
+    assert paired_t(first - second) == paired_t(second - first)
+
+
+def test_paired_t_without_spread() -> None:
+    assert paired_t(np.zeros(5)) == 1.0
+    assert paired_t(np.full(5, 0.3)) == 0.0
+    with pytest.raises(ValueError, match="at least two"):
+        paired_t([0.5])
+
+
+def test_seed_sd_by_hand() -> None:
+    """Every question alike within a seed: no noise, so the spread of the seeds is theirs alone."""
+    assert seed_sd(np.repeat([[0.5], [0.6], [0.7]], 50, axis=1)) == pytest.approx(0.1)
+    assert seed_sd(np.tile([0.0, 1.0], (3, 20))) == 0.0
+    assert seed_sd(np.ones((1, 20))) is None
+
+
+def test_a_seed_effect_below_noise_in_one_arm_is_set_off_by_the_other() -> None:
+    """What is cut off at 0 is the sum over both arms, not each: seeds that lie too close together count as well."""
+    rng = np.random.default_rng(0)
+    far = (rng.random((3, 60)) < np.array([[0.4], [0.5], [0.6]])).astype(float)
+    near = np.array([np.roll(np.tile([0.0, 1.0], 30), s) for s in range(3)])  # equal means, though samples vary
+    got, alone = paired_bootstrap(far, near), paired_bootstrap(far, near[:1])
+    parts = [components(each) for each in (far, near)]
+    assert parts[1].excess < 0 < parts[0].excess
+    expected = (far.mean(0) - near.mean(0)).var(ddof=1) / 60 + max(0.0, parts[0].excess + parts[1].excess)
+    assert float(got.stderr) == pytest.approx(expected**0.5)
+    assert float(alone.stderr) > 0
 
 
 def test_wilson_published_example_and_edges() -> None:
@@ -145,44 +190,6 @@ def test_paired_bootstrap_refuses_unpaired() -> None:
         paired_bootstrap(np.zeros(4), np.zeros(5))
 
 
-def _simulated(seeds: int, seed_effect: float, samples: int, questions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return 1000 comparisons (1000, seeds, questions) of two arms with equal true accuracy.
-
-    Questions differ in difficulty (shared), in how much each arm likes them (clustered noise: all samples and seeds of
-    an arm share it) and, where wished, training seeds differ.
-    """
-    rng = np.random.default_rng(7)
-    difficulty = rng.normal(0, 1.5, (1000, 1, questions))
-
-    def arm() -> np.ndarray:
-        taste = rng.normal(0, 0.7, (1000, 1, questions))
-        luck = rng.normal(0, seed_effect, (1000, seeds, 1))
-        return rng.binomial(samples, 1 / (1 + np.exp(-difficulty - taste - luck))) / samples
-
-    return arm(), arm()
-
-
-@pytest.mark.parametrize(
-    ("seeds", "seed_effect", "samples", "questions"),
-    [(1, 0.0, 1, 200), (1, 0.0, 4, 60), (3, 0.15, 2, 200), (3, 0.5, 4, 60)],
-)
-def test_coverage_and_false_positives(seeds: int, seed_effect: float, samples: int, questions: int) -> None:
-    """Of 1000 comparisons without a true difference, 93 to 97 % of intervals hold 0 and at most 6 % claim one."""
-    a, b = _simulated(seeds, seed_effect, samples, questions)
-    got = paired_bootstrap(a, b, resamples=1000, seed=1)
-    covered = np.mean((got.low <= 0) & (got.high >= 0))
-    assert 0.93 <= covered <= 0.97
-    assert np.mean(got.p < 0.05) <= 0.06
-
-
-def test_ignoring_clusters_would_have_failed_the_simulation() -> None:
-    """The same data with samples as units: the check above can fail, and does where the unit is wrong."""
-    a, b = _simulated(1, 0.0, 4, 60)
-    d = (a - b)[:, 0]
-    error = np.sqrt((a * (1 - a) + b * (1 - b)).mean((1, 2)) / (4 * 60))
-    assert np.mean(np.abs(d.mean(1)) > Z * error) > 0.08
-
-
 def test_wilcoxon_published_example() -> None:
     """Darwin's Zea mays heights, as in the usual textbook example: T = 24, exact two-sided p = 0.0413."""
     heights = [6, 8, 14, 16, 23, 24, 28, 29, 41, -48, 49, 56, 60, -67, 75]
@@ -207,7 +214,7 @@ def test_wilcoxon_counts_all_signs(values: list[int]) -> None:
 def test_wilcoxon_normal_approximation_meets_the_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     d = np.random.default_rng(0).integers(-3, 5, 45)
     exact = wilcoxon_signed_rank(d)
-    monkeypatch.setattr(statistics, "EXACT_WILCOXON", 0)
+    monkeypatch.setattr(significance, "EXACT_WILCOXON", 0)
     assert wilcoxon_signed_rank(d) == pytest.approx(exact, rel=0.05)
 
 

@@ -6,6 +6,8 @@ A field's name with `_` read as `-` is the command's long flag; the same name is
 
 from distill.config.evaluation import CompareConfig, EvalConfig
 from distill.config.model import Engine, Sampling
+from distill.config.pipeline import RunConfig
+from distill.config.reinforcing import Reinforcing
 from distill.config.section import Count, Section, Share, build, key_values, read_yaml
 from distill.config.traces import (
     Curation,
@@ -17,6 +19,7 @@ from distill.config.traces import (
     Verifying,
 )
 from distill.config.training import TrainConfig
+from distill.config.view import ViewConfig
 from distill.config.whole import AlignConfig, DemoConfig, FetchConfig
 
 __all__ = [
@@ -32,12 +35,15 @@ __all__ = [
     "FilterConfig",
     "GenerateConfig",
     "Judging",
+    "Reinforcing",
+    "RunConfig",
     "Sampling",
     "ScoreConfig",
     "Section",
     "Share",
     "TrainConfig",
     "Verifying",
+    "ViewConfig",
     "build",
     "key_values",
     "read_yaml",

@@ -59,7 +59,7 @@ class GenerateConfig(Sampling, Engine, Judging, Curation):
 
     prompts: str = Field(
         description="SRC: a .jsonl/.json/.csv/.parquet file, hf:NAME[:CONFIG[:SPLIT]], reasoning-gym:TASK[?k=v] or "
-        "nano[:LEVEL]."
+        "nano[:LEVEL], or an exam's problems: gsm8k, svamp, math-500, aime24, aime25 (or NAME:FILE), mcq:FILE."
     )
     out: Path = Field(description="The trace store's folder; the same command on it resumes.")
     teacher: str | None = Field(

@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from distill.config.section import Count, Section
+from distill.config.reinforcing import Reinforcing
+from distill.config.section import Count
 
 
-class TrainConfig(Section):
+class TrainConfig(Reinforcing):
     """Traces to a student."""
 
     mode: str | None = Field(
-        None, description="hard-labels, soft-logits, features, relations, on-policy, or pkg.mod:name of a LossMode."
+        None,
+        description="hard-labels, soft-logits, features, relations, on-policy, grpo, or pkg.mod:name of a LossMode.",
     )
     loss: str | None = Field(
         None, description="Several modes with weights instead: soft_logits=1.0,hard_labels=0.1,features=0.5."
@@ -22,7 +24,10 @@ class TrainConfig(Section):
     student: str = Field(
         description="MODEL, or PRESET (llama-nano, qwen3-nano:hidden_size=96), or prune:MODEL?layers=12."
     )
-    data: Path = Field(description="A trace store's folder, or a .jsonl file with messages.")
+    data: Path = Field(
+        description="A trace store's folder, or a .jsonl file with messages; grpo: a store's questions, or a SRC of "
+        "questions as in generate."
+    )
     out: Path = Field(description="The run's folder: the trained model, metrics.jsonl, run.json, checkpoints/.")
     teacher: str | None = Field(None, description="MODEL that is learnt from, running beside the student.")
     signal: Path | None = Field(
@@ -67,12 +72,19 @@ class TrainConfig(Section):
     student_share: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="on-policy: share of the steps whose completions the student writes (GKD's lambda)."
     )
-    max_completion_length: Count = Field(512, description="on-policy: most tokens of a completion it writes.")
+    max_completion_length: Count = Field(512, description="on-policy, grpo: most tokens of a completion it writes.")
     rollout_temperature: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="on-policy: temperature the student draws with; not that of the divergence."
+        1.0, description="on-policy, grpo: temperature the student draws with; not that of the divergence."
     )
     rollout_top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="on-policy: nucleus mass it draws from."
+    )
+    rollout_backend: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="on-policy, grpo: what writes completions; vllm gets the weights as they change.",
+    )
+    rollout_engine_arg: list[str] = Field(
+        default_factory=list, description="key=value for vLLM, e.g. gpu_memory_utilization=0.4 (repeatable)."
     )
     target: Literal["trace", "answer"] = Field(
         "trace", description="trace: reasoning and answer; answer: the final answer alone (the answers-only baseline)."
@@ -88,6 +100,14 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
     num_train_epochs: Annotated[float, Field(gt=0)] = Field(2.0, description="Passes over the data.")
     max_steps: Count | None = Field(None, description="Optimizer steps; overrides the epochs.")
+    max_flops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="End once the ledger holds so many FLOPs; the learning rate follows what is spent."
+    )
+    max_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="The same for seconds.")
+    max_tokens: Count | None = Field(None, description="The same for tokens trained on or written by the student.")
+    milestones: Count | None = Field(
+        None, description="Also keep the model at k/N of the run, in OUT/milestones/k, for k below N."
+    )
     per_device_train_batch_size: Count = Field(8, description="Sequences of one forward pass on one device.")
     gradient_accumulation_steps: Count = Field(1, description="Forward passes of one optimizer step.")
     max_length: Count | None = Field(None, description="Tokens a sequence may have; default: the student's context.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from distill.losses.base import Inner, LossOutput
 from distill.losses.features import features, features_inner
+from distill.losses.grpo import grpo, grpo_inner
 from distill.losses.hard_labels import hard_labels
 from distill.losses.on_policy import on_policy, on_policy_inner
 from distill.losses.relations import relations, relations_inner
@@ -22,6 +23,7 @@ __all__ = [
     "LossMode",
     "LossOutput",
     "features",
+    "grpo",
     "hard_labels",
     "on_policy",
     "relations",
@@ -38,7 +40,8 @@ class LossMode:
             the trainer gives to a mode that has them: the tokens of the shared vocabulary, the share of all steps that
             is done, and what `inner` returned.
         needs: of `teacher_logits` (the teacher's distribution: a teacher that runs, or its stored signal), `teacher`
-            (a teacher that runs) and `rollouts` (batches that the student writes itself).
+            (a teacher that runs), `rollouts` (batches that the student writes itself) and `rewards` (the same, several
+            to a question, and what they are worth).
         reads_head: whether the student's output embedding takes part, so that it has a gradient.
         inner: ``f(student_model, teacher_model, **options) -> Inner``, called once before training with the options
             that were given, and with `rollouts` where it has that argument.
@@ -56,4 +59,5 @@ LOSSES: dict[str, LossMode] = {
     "features": LossMode(features, needs=frozenset({"teacher"}), reads_head=False, inner=features_inner),
     "relations": LossMode(relations, needs=frozenset({"teacher"}), reads_head=False, inner=relations_inner),
     "on_policy": LossMode(on_policy, needs=frozenset({"teacher", "rollouts"}), inner=on_policy_inner),
+    "grpo": LossMode(grpo, needs=frozenset({"rewards"}), inner=grpo_inner),
 }

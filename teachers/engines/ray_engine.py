@@ -25,9 +25,9 @@ from distill.errors import RunError, UserError
 from distill.hub import locate
 from distill.models import context_length, end_token_ids, load_tokenizer
 from distill.records import Completion
-from distill.render import render_prompt
+from distill.render import decode, render_prompt
 from distill.signals import SignalSpec, TokenSignal
-from teachers.backend import Request, decode, engine_options, failed, room
+from teachers.backend import Request, engine_options, failed, room
 from teachers.engines import ray_cluster, vllm_options
 from teachers.engines.ray_stream import Row, Stream
 from teachers.engines.vllm_sampling import one_line, sample_parameters, token_signal

@@ -29,9 +29,9 @@ from distill.forward import read_head, run
 from distill.head import Head
 from distill.models import context_length, end_token_ids, load_model, load_tokenizer
 from distill.records import Completion
-from distill.render import render_prompt
+from distill.render import decode, render_prompt
 from distill.signals import SignalSpec, TokenSignal, signal_stream
-from teachers.backend import Request, decode, engine_options, failed, room
+from teachers.backend import Request, engine_options, failed, room
 from teachers.engines.outcomes import Outcomes, keep, stack
 
 SMALL = 10_000_000  # parameters below which a step is dominated by overhead, so that wide batches are free

@@ -19,10 +19,10 @@ from typing import Any
 from distill.errors import RunError, UserError
 from distill.models import end_token_ids, load_tokenizer
 from distill.records import Completion, Prompt
-from distill.render import render_prompt
+from distill.render import decode, render_prompt
 from distill.token_signal import SignalSpec, TokenSignal
 from distill.watchdog import guard
-from teachers.backend import Request, decode, failed, room
+from teachers.backend import Request, failed, room
 from teachers.engines.vllm_options import SCORE_BYTES, engine_arguments, set_environment, user_arguments
 from teachers.engines.vllm_sampling import FINISH_REASONS, one_line, sample_parameters, score_parameters, token_signal
 
@@ -49,6 +49,8 @@ class VllmEngine:
         wants: features (of `teachers.backend.FEATURES`) that an engine must be started for: `thinking_budget`, and
             `score`, which bounds the memory of prompt log-probabilities.
         tensor_parallel_size, pipeline_parallel_size: devices that share a layer; groups of layers.
+        logprobs_mode: which log-probabilities come with a sample: the model's own, or those that it was drawn with
+            (`processed_logprobs`).
 
     Raises:
         UserError: vLLM is not installed, or refuses the model or an argument.
@@ -69,6 +71,7 @@ class VllmEngine:
         wants: Collection[str] = (),
         tensor_parallel_size: int | None = None,
         pipeline_parallel_size: int | None = None,
+        logprobs_mode: str = "raw_logprobs",
     ) -> None:
         set_environment()
         from transformers import AutoConfig, GenerationConfig
@@ -96,6 +99,7 @@ class VllmEngine:
         self.room = self.in_flight + self.in_flight // SPARE
         parallel = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
         options |= {key: size for key, size in parallel.items() if size is not None}
+        options["logprobs_mode"] = logprobs_mode
         options |= given
         guard()
         try:

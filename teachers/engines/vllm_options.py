@@ -81,7 +81,6 @@ def engine_arguments(*, on_cpu: bool, in_flight: int, wants: Collection[str], to
         "max_num_seqs": in_flight,
         "dtype": "auto",
         "max_logprobs": -1,  # no bound; what a request asks for is what it costs
-        "logprobs_mode": "raw_logprobs",
     }
     if on_cpu:
         # A seeded request dies on CPU when its prefill is cut in chunks ("CPU Generator does not use offset"), and

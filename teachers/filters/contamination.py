@@ -108,7 +108,7 @@ class EvaluationIndex:
         def questions() -> Iterator[tuple[str, str, str]]:
             for path in paths:
                 try:
-                    prompts, bad = read_prompts(str(path))
+                    prompts, bad = read_prompts(str(path), split="heldout")
                 except UserError as error:
                     raise UserError(f"--decontaminate: {error}") from error
                 if bad:

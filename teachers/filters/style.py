@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 
 from distill.records import Trace
@@ -30,21 +31,26 @@ def language_mix(trace: Trace, siblings: Siblings) -> bool:
     A word is what stands between white space; in Chinese, Japanese, Thai and the like each letter is one. Latin and
     Greek letters are never foreign, so English in a Chinese trace is not seen.
     """
-    if trace.completion.isascii():
-        return False
-    prose = _without_code(trace.completion)
+    texts = [message["content"] for message in trace.messages]
+    return foreign_share(trace.completion, texts) > siblings.options.foreign_share
+
+
+def foreign_share(text: str, own_texts: Iterable[str]) -> float:
+    """Return the share of the words of `text`, code left out, in a script that none of `own_texts` has a letter of."""
+    if text.isascii():
+        return 0.0
+    prose = _without_code(text)
     scripts = {letter: script for letter in set(prose) if (script := script_of(letter))}
-    own = {script_of(letter) for message in trace.messages for letter in set(message["content"])}
+    own = {script_of(letter) for known in own_texts for letter in set(known)}
     foreign = {letter for letter, script in scripts.items() if script not in own}
     if not foreign:
-        return False
+        return 0.0
     spaceless = {letter for letter, script in scripts.items() if script in SPACELESS}
     spaced = foreign - spaceless
     pieces, counts = prose.split(), Counter(prose)
     found = sum(counts[letter] for letter in foreign & spaceless)
     found += sum(not spaced.isdisjoint(piece) for piece in pieces) if spaced else 0
-    total = len(pieces) + sum(counts[letter] for letter in spaceless)
-    return found > siblings.options.foreign_share * total
+    return found / (len(pieces) + sum(counts[letter] for letter in spaceless))
 
 
 @lru_cache(maxsize=1 << 16)
