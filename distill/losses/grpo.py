@@ -4,8 +4,8 @@ For a token drawn with probability pi_old in a completion of advantage A, with r
 
     loss = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta (pi_ref / pi - log(pi_ref / pi) - 1)
 
-The last term estimates KL(pi || pi_ref) without bias and is never negative (Schulman's k3). Its gradient is the KL's only
-where it is weighted by r (`use_bias_correction_kl`, DeepSeek-V3.2, arXiv 2512.02556). `importance_sampling_level`
+The last term estimates KL(pi || pi_ref) without bias and is never negative (Schulman's k3). Its gradient is the KL's
+only where it is weighted by r (`use_bias_correction_kl`, DeepSeek-V3.2, arXiv 2512.02556). `importance_sampling_level`
 sequence takes for r the geometric mean over the completion (GSPO, arXiv 2507.18071, eq. 7); `epsilon_high` is DAPO's
 clip-higher (arXiv 2503.14476, eq. 10). How tokens are weighted against each other (`loss_type`) is in the batch's
 weights and the step's mass, and what an advantage is in `distill.reinforce`: a batch brings both along
