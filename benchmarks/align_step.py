@@ -2,7 +2,9 @@
 
 Real token ids of the same answers, random hidden states: what is measured is everything behind the two models' decoders
 (places, both heads, the comparison, gradients by the student's hidden states and head). `one vocabulary` is soft-logits
-with the same student and a teacher of the same width that has the student's vocabulary. `products alone` are the
+with the same student and a teacher of the same width that has the student's vocabulary; `the teacher's` with the same
+teacher and a student that has its vocabulary, on its tokens: what this teacher costs without another tokenizer.
+`products alone` are the
 products of this pair's heads, which no loss can avoid: a teacher with three times the vocabulary costs three times the
 product, whatever the method. `once` is making a method's tables, for a whole run.
 
@@ -106,6 +108,10 @@ def main() -> None:
     student = forward(batch.input_ids.shape, options.width, sizes[0], trained=True)
     same = forward(batch.input_ids.shape, options.width, sizes[0], trained=False)
     teacher = forward(batch.other.input_ids.shape, options.width, sizes[1], trained=False)
+    like_teacher = batch.other.batch()
+    for row, begin in enumerate(batch.other.begins.tolist()):
+        like_teacher.weights[row, begin:] = batch.other.attention_mask[row, begin:].float()
+    wide = forward(batch.other.input_ids.shape, options.width, sizes[1], trained=True)
     met = places(batch)
     rows = student.hidden[:, :-1][batch.trained().rows].detach()
     other_rows = teacher.hidden[met.teacher_rows, met.teacher_positions - 1]
@@ -114,6 +120,7 @@ def main() -> None:
     once: dict[str, float] = {}
     runs: dict[str, Callable[[], Any]] = {
         "one vocabulary": lambda: LOSSES["soft_logits"].fn(student, same, alone, num_outcomes=sizes[0]).total,
+        "the teacher's": lambda: LOSSES["soft_logits"].fn(wide, teacher, like_teacher, num_outcomes=sizes[1]).total,
         "products alone": lambda: products(rows, heads[0], other_rows, heads[1]),
     }
     for name, alignment in made.items():
@@ -125,7 +132,8 @@ def main() -> None:
 
     def step(run: Callable[[], Any]) -> Callable[[], None]:
         def whole() -> None:
-            student.hidden.grad = student.head.linear.weight.grad = None
+            for side in (student, wide):
+                side.hidden.grad = side.head.linear.weight.grad = None
             total = run()
             if total is not None:
                 total.backward()
