@@ -22,13 +22,19 @@ REFERENCE_SECONDS = 300.0  # the budget that the steps below were measured for, 
 BASE_STEPS, ARM_STEPS = 1000, 2000  # optimizer steps at the reference budget
 TRACES = 4000  # of either kind of problem, at most
 QUESTIONS = 500
+ARM_FLOPS = 1.7e12  # what ARM_STEPS of hard labels cost
 
-# Every arm starts from the same base student and takes as many optimizer steps over the same traces.
-ARMS: dict[str, list[str]] = {
+# Every arm starts from the same base student. Those that are taught take as many optimizer steps over the same traces;
+# the one that is rewarded answers the questions of the traces, and may spend the FLOPs of hard labels.
+TAUGHT: dict[str, list[str]] = {
     "answers-only": ["--mode", "hard-labels", "--target", "answer"],
     "hard-labels": ["--mode", "hard-labels"],
     "soft-logits": ["--mode", "soft-logits", "--teacher", "nano"],
 }
+REWARDED = "grpo"
+REWARDED_MODE = ["--mode", "grpo", "--preset", "dapo", "--num-generations", "8", "--dynamic-sampling", "2"]
+REWARDED_MODE += ["--per-device-train-batch-size", "256", "--learning-rate", "3e-4", "--max-completion-length", "64"]
+ARMS = (*TAUGHT, REWARDED)
 OPTIMIZER = ["--per-device-train-batch-size", "16", "--save-steps", "500"]
 BASE_RATE, ARM_RATE = ["--learning-rate", "3e-3"], ["--learning-rate", "5e-3"]
 
@@ -52,9 +58,11 @@ def plan_demo(config: DemoConfig) -> list[Step]:
         settings = ["--max-steps", base_steps, *BASE_RATE, *OPTIMIZER, "--seed", str(seed), "--resume"]
         line = _line("train --mode hard-labels --student llama-nano --data", out / "base-traces", *settings)
         steps.append(Step(f"train base-{seed}", _to(line, base), ("base-traces",)))
-        for arm, mode in ARMS.items():
-            settings = ["--max-steps", arm_steps, *ARM_RATE, *OPTIMIZER, "--seed", str(seed), "--resume"]
-            line = _line("train --student", base, "--data", str(out / "traces"), *mode, *settings)
+        taught = ["--max-steps", arm_steps, *ARM_RATE, *OPTIMIZER]
+        rewarded = [*REWARDED_MODE, "--max-flops", f"{ARM_FLOPS * scale:g}"]
+        for arm, settings in {**{arm: [*mode, *taught] for arm, mode in TAUGHT.items()}, REWARDED: rewarded}.items():
+            common = ["--student", str(base), "--data", str(out / "traces"), "--seed", str(seed), "--resume"]
+            line = _line("train", *common, *settings)
             needs = ("traces", f"train base-{seed}")
             steps.append(Step(f"train {arm}-{seed}", _to(line, out / "students" / f"{arm}-{seed}"), needs))
         for arm in ("base", *ARMS):

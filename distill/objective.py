@@ -62,9 +62,8 @@ def read_objective(config: TrainConfig, alignment: Alignment | None = None) -> O
         raise UserError("--packing needs one tokenizer: a teacher of another one reads rows of other lengths")
     written = objective.needs & {"rollouts", "rewards"}
     if config.packing and written:
-        raise UserError(
-            "--packing and completions that the student writes do not go together: they are one sequence to a row"
-        )
+        writing = ", ".join(name.replace("_", "-") for name in weights if find_mode(name, modes).needs & written)
+        raise UserError(f"--packing and {writing} do not go together: rollouts are written one sequence to a row")
     if config.rollout_backend == "vllm":
         if not written:
             raise UserError(f"--rollout-backend says nothing to {', '.join(weights)}: the student writes nothing")

@@ -76,10 +76,13 @@ def test_the_plan_is_sound(seeds: int, budget: float) -> None:
     for seed in range(seeds):
         arms = [c for c in trained.values() if c.seed == seed and "base" not in c.out.name]
         assert len(arms) == len(ARMS)
+        assert {c.student for c in arms} == {str(out / "students" / f"base-{seed}")}
+        rewarded = arms.pop(list(ARMS).index("grpo"))
+        assert (rewarded.mode, rewarded.data) == ("grpo", arms[0].data)
+        assert rewarded.max_flops == pytest.approx(demo.ARM_FLOPS * budget / demo.REFERENCE_SECONDS, rel=1e-5)
         free = {"out", "mode", "target", "teacher"}
         assert len({c.model_dump_json(exclude=free) for c in arms}) == 1
-        assert arms[0].student == str(out / "students" / f"base-{seed}")
-    steps = [c.max_steps or 0 for c in trained.values()]
+    steps = [c.max_steps for c in trained.values() if c.mode != "grpo"]
     scale = budget / demo.REFERENCE_SECONDS
     assert set(steps) == {round(demo.BASE_STEPS * scale), round(demo.ARM_STEPS * scale)}
 
