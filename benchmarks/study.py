@@ -33,11 +33,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from distill.reasoning import split_reasoning
 from distill.records import Prompt, Trace
 from distill.statistics import holm, student_t_quantile
 from teachers import nano
 from teachers.nano.problems import solved
-from teachers.reasoning import split_reasoning
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "data" / "study.jsonl"

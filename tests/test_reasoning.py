@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachers.reasoning import Parts, split_reasoning
+from distill.reasoning import Parts, split_reasoning
 
 WITHOUT_TAGS = st.text(st.characters(codec=None, categories=None), max_size=30).filter(lambda t: "think>" not in t)
 ANSWERS = WITHOUT_TAGS.filter(str.strip)

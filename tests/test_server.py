@@ -30,6 +30,7 @@ from vllm_server import serve_nano
 
 from distill.errors import RunError, UserError
 from distill.identity import model_identity
+from distill.reasoning import split_reasoning
 from distill.records import Completion, Prompt
 from distill.signals import SignalSpec
 from distill.watchdog import child_environment
@@ -40,7 +41,6 @@ from teachers.engines.server_answer import Answer, join_reasoning
 from teachers.engines.server_connection import LONGEST_MESSAGE, Endpoint, parse_endpoints, redactor
 from teachers.engines.server_queue import IN_VAIN, Patience
 from teachers.engines.server_wire import DIALECTS, SET_HERE, Denied, Refused, Trouble, fault_of
-from teachers.reasoning import split_reasoning
 
 WARM = {"temperature": 1.0, "top_p": 1.0, "max_completion_length": 64}
 GREEDY = {**WARM, "temperature": 0.0}

@@ -23,13 +23,13 @@ from test_compare import write_evaluation
 
 from distill.config.view import ViewConfig
 from distill.errors import UserError
+from distill.reasoning import split_reasoning
 from distill.records import Judgement, Trace, Verdict
 from distill.store import FUNNEL, JOURNAL, KEPT, REJECTED, dump_line, write_json, write_views
 from distill.viewer import write_view
 from distill.viewer.census import current, take_census
 from distill.viewer.folder import open_folder, read_entries, verdict_of
 from distill.viewer.rows import choose, embedded, halves, trace_row
-from teachers.reasoning import split_reasoning
 
 ROOT = Path(__file__).resolve().parents[1]
 # Not st.text: of an alphabet so large it hardly ever draws the characters that matter here.

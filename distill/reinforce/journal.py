@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from distill.records import Verdict
+from distill.reinforce.rewards import trace_of
 
 if TYPE_CHECKING:
     from distill.reinforce.experience import Written
 
 ROLLOUTS = "rollouts.jsonl"
-OPEN, CLOSE = "<think>", "</think>"
 
 
 class RolloutJournal:
@@ -42,34 +45,16 @@ class RolloutJournal:
                 stream.write(json.dumps(self._line(step, each, advantages.get(id(each)))) + "\n")
 
     def _line(self, step: int, written: Written, advantage: float | None) -> dict[str, Any]:
-        answer = written.answer
-        prompt = answer.question
-        before, closed, after = answer.text.rpartition(CLOSE)
-        return {
+        verdicts = [
+            Verdict(verifier=name, version="", score=reward.value, reason=reward.reason)
+            for name, reward in zip(self.names, written.rewards, strict=True)
+        ]
+        trace = trace_of(written.answer, author=self.author)
+        earned = {
             "step": step,
-            "uid": f"{prompt.uid}-{step}-{answer.number}",
-            "prompt_uid": prompt.uid,
-            "messages": list(prompt.messages),
-            "completion": answer.text,
-            "reasoning": before.partition(OPEN)[2].strip() if closed else "",
-            "answer": after.strip() if closed else answer.text,
-            "finish_reason": "stop" if answer.ended else "length",
-            "num_prompt_tokens": answer.num_prompt_tokens,
-            "num_completion_tokens": len(answer.ids),
-            "sample_index": answer.number,
-            "seed": answer.seed,
-            "teacher": self.author,
-            "backend": "rollouts",
-            "gold": prompt.gold,
-            "source": prompt.source,
-            "verdicts": [
-                {"verifier": name, "version": "", "score": reward.value, "reason": reward.reason}
-                for name, reward in zip(self.names, written.rewards, strict=True)
-            ],
-            "meta": {
-                **prompt.meta,
-                "step": step,
-                "reward": None if math.isnan(written.total) else written.total,
-                "advantage": advantage,
-            },
+            "reward": None if math.isnan(written.total) else written.total,
+            "advantage": advantage,
         }
+        # The same question is answered again in later steps: its step tells the answers apart.
+        named = replace(trace, uid=f"{trace.uid}-{step}", verdicts=tuple(verdicts), meta={**trace.meta, **earned})
+        return {"step": step, **named.to_json()}

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from distill.records import Prompt
+from distill.reasoning import split_reasoning
+from distill.records import Prompt, Trace, trace_uid
 
 
 class Answer(NamedTuple):
@@ -41,6 +42,30 @@ class Reward(NamedTuple):
 
     value: float | None
     reason: str = ""
+
+
+def trace_of(answer: Answer, *, author: str) -> Trace:
+    """Return a completion as verifiers, reward functions and viewers know it."""
+    prompt = answer.question
+    parts = split_reasoning(answer.text, required=False)
+    return Trace(
+        uid=trace_uid(prompt.uid, author, {}, answer.number),
+        prompt_uid=prompt.uid,
+        messages=prompt.messages,
+        completion=answer.text,
+        reasoning=parts.reasoning,
+        answer=parts.answer,
+        finish_reason="stop" if answer.ended else "length",
+        num_prompt_tokens=answer.num_prompt_tokens,
+        num_completion_tokens=len(answer.ids),
+        sample_index=answer.number,
+        seed=answer.seed,
+        teacher=author,
+        backend="rollouts",
+        gold=prompt.gold,
+        source=prompt.source,
+        meta=prompt.meta,
+    )
 
 
 class Scorer(Protocol):

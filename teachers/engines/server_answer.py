@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from distill.reasoning import CLOSE, OPEN
 from distill.records import Completion
 from teachers.backend import failed
 from teachers.engines.server_wire import Refused, Trouble, Unsuitable, fault_of, status_in
-from teachers.reasoning import CLOSE, OPEN
 
 if TYPE_CHECKING:
     from distill.signals import TokenSignal

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from distill.reasoning import CLOSE, OPEN, split_reasoning
 from distill.records import Trace
 from teachers.filters.siblings import Siblings
-from teachers.reasoning import CLOSE, OPEN, split_reasoning
 
 UNTAGGED = "no <think>"  # the flag of a trace without reasoning tags whose teacher may or may not use them
 

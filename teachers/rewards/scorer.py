@@ -13,10 +13,9 @@ from typing import Any
 
 from distill.config import key_values
 from distill.errors import UserError
-from distill.records import Trace, trace_uid
-from distill.reinforce.rewards import Answer, Reward
+from distill.records import Trace
+from distill.reinforce.rewards import Answer, Reward, trace_of
 from distill.tables import bind, lookup
-from teachers.reasoning import split_reasoning
 from teachers.rewards import ACCURACY, REWARDS
 from teachers.verifiers.gold import missing
 from teachers.verifiers.pool import VerifierPool
@@ -89,7 +88,7 @@ class RewardScorer:
 
     def __call__(self, answers: Sequence[Answer], *, group: int) -> list[list[Reward]]:
         """Return a row per answer, a reward per function."""
-        traces = [_trace(answer) for answer in answers]
+        traces = [trace_of(answer, author="student") for answer in answers]
         right = self._accuracy(answers, traces) if self.pool is not None else []
         columns = [self._column(name, answers, traces, right, group) for name in self.weights]
         return [list(row) for row in zip(*columns, strict=True)]
@@ -151,29 +150,6 @@ def _users(name: str, function: Callable[..., Any], answers: Sequence[Answer]) -
             f"not {str(values)[:80]!r}"
         )
     return [Reward(None if value is None else float(value), "") for value in values]
-
-
-def _trace(answer: Answer) -> Trace:
-    prompt = answer.question
-    parts = split_reasoning(answer.text, required=False)
-    return Trace(
-        uid=trace_uid(prompt.uid, "student", {}, answer.number),
-        prompt_uid=prompt.uid,
-        messages=prompt.messages,
-        completion=answer.text,
-        reasoning=parts.reasoning,
-        answer=parts.answer,
-        finish_reason="stop" if answer.ended else "length",
-        num_prompt_tokens=answer.num_prompt_tokens,
-        num_completion_tokens=len(answer.ids),
-        sample_index=answer.number,
-        seed=answer.seed,
-        teacher="student",
-        backend="rollouts",
-        gold=prompt.gold,
-        source=prompt.source,
-        meta=prompt.meta,
-    )
 
 
 def _plain(function: Any) -> Any:

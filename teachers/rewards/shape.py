@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from distill.errors import UserError
+from distill.reasoning import split_reasoning
 from distill.records import Trace
 from distill.reinforce.rewards import Reward
-from teachers.reasoning import split_reasoning
 
 
 def format(trace: Trace) -> Reward:
