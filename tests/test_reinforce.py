@@ -17,6 +17,7 @@ from rewarding import LetterShare, rewarded
 from distill.budget import Budget
 from distill.config import TrainConfig
 from distill.errors import UserError
+from distill.material import Rewarded
 from distill.objective import loss_options
 from distill.reinforce.experience import Experience
 from distill.reinforce.questions import Questions
@@ -25,6 +26,7 @@ from distill.reinforce.rewards import Answer, Reward
 from distill.render import decode
 from distill.rollouts import Rollouts
 from distill.train import run_training
+from teachers.rewards.open import open_rewards
 
 TOKENS = 259
 CPU = torch.device("cpu")
@@ -250,6 +252,27 @@ def test_lora_reads_its_reference_without_a_second_model(tmp_path):
     run, _ = train(config(tmp_path, beta=0.1, lora_r=4, max_steps=2))
     assert lines(tmp_path / "run")[0]["reference_kl"] == pytest.approx(0.0, abs=1e-6)
     assert run["metrics"]["reference_kl"] >= 0
+
+
+def test_a_runs_rollouts_are_traces_that_the_viewer_shows(tmp_path):
+    from distill.config import ViewConfig
+    from distill.records import Trace
+    from distill.viewer.page import write_view
+
+    made = config(tmp_path, data="nano:1", limit=8, reward=["accuracy=1", "format=0.5"], log_completions=3)
+    with open_rewards(made) as (prompts, scorer):
+        train(made, asked=Rewarded(prompts, scorer))
+    rows = [json.loads(line) for line in (made.out / "rollouts.jsonl").read_text().splitlines()]
+    traces = [Trace.from_json(row) for row in rows]
+    assert [row["step"] for row in rows] == [1] * 3 + [2] * 3
+    assert len({trace.uid for trace in traces}) == 6
+    for trace in traces:
+        assert [verdict.verifier for verdict in trace.verdicts] == ["format", "accuracy"]
+        earned = trace.verdicts[1].score + 0.5 * trace.verdicts[0].score
+        assert trace.meta["reward"] == pytest.approx(earned)
+        assert trace.score == trace.verdicts[1].score
+    shown = write_view(ViewConfig(dir=made.out, out=tmp_path / "view.html"))
+    assert (shown["traces"], shown["of_traces"]) == (6, 6)
 
 
 # -- recipes

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distill.reinforce.experience import Written
 
 ROLLOUTS = "rollouts.jsonl"
+RIGHT = "accuracy"  # the reward that says whether an answer is right
 
 
 class RolloutJournal:
@@ -35,6 +36,8 @@ class RolloutJournal:
     def __init__(self, folder: Path, *, most: int, names: Sequence[str], author: str) -> None:
         self.path = folder / ROLLOUTS
         self.most, self.names, self.author = most, list(names), author
+        # A trace's last verdict is its score: whether it is right, where that is asked.
+        self.order = sorted(range(len(self.names)), key=lambda column: self.names[column] == RIGHT)
 
     def write(self, step: int, written: Sequence[Written], advantages: Mapping[int, float]) -> None:
         """Append; `advantages` by the identity of what was kept."""
@@ -45,10 +48,8 @@ class RolloutJournal:
                 stream.write(json.dumps(self._line(step, each, advantages.get(id(each)))) + "\n")
 
     def _line(self, step: int, written: Written, advantage: float | None) -> dict[str, Any]:
-        verdicts = [
-            Verdict(verifier=name, version="", score=reward.value, reason=reward.reason)
-            for name, reward in zip(self.names, written.rewards, strict=True)
-        ]
+        rewards = [(self.names[column], written.rewards[column]) for column in self.order]
+        verdicts = [Verdict(verifier=name, version="", score=each.value, reason=each.reason) for name, each in rewards]
         trace = trace_of(written.answer, author=self.author)
         earned = {
             "step": step,

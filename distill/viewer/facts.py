@@ -32,6 +32,8 @@ def headline(folder: Folder, census: Census) -> str:
     """Return the one finding: how many traces were kept, or how many samples are right."""
     if folder.scores is not None and _is_number(folder.scores.get("pass@1")):
         return f"{percent(folder.scores['pass@1'])} right on {noun(len(census.questions), 'question')}"
+    if folder.kind == "rollouts":
+        return f"{noun(census.traces, 'answer')} of a student in training, the first of every sampling"
     if folder.kind == "evaluation":
         return f"{noun(census.traces, 'sample')} of an evaluation that has not finished"
     if census.pending == census.traces:
@@ -73,7 +75,7 @@ def remarks(folder: Folder, census: Census, *, shown: int, sampled: bool) -> lis
             f"This page has {count(shown)} of {noun(len(census.questions), 'question')}, {which}; the counts above the "
             "filters are of all of them."
         )
-    if folder.kind == "evaluation":
+    if folder.kind != "store":
         return said
     if 0 < census.pending < census.traces:  # where it is all of them, the headline says it
         said.append(f"{noun(census.pending, 'trace')} not filtered yet: the run that drew them has not finished.")

@@ -2,7 +2,8 @@
 
 A trace store has a journal and views made from it; while a run is going on, or was killed, the views are behind and
 some traces are `pending`: neither kept nor rejected yet. A folder made by `distill filter --out` has the views alone.
-An evaluation has samples, and keeps them all. Nothing is judged or filtered here.
+An evaluation has samples, a training by rewards some of the student's rollouts, and both keep them all. Nothing is
+judged or filtered here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from distill.errors import UserError
 from distill.evaluate import sample_score
 from distill.records import Trace
+from distill.reinforce.journal import ROLLOUTS
 from distill.store import FUNNEL, JOURNAL, KEPT, MANIFEST, REJECTED, read_lines, read_traces
 
 SAMPLES, SCORES = "samples.jsonl", "eval.json"
@@ -37,7 +39,7 @@ class Folder:
     """A folder to be viewed, opened: its JSON files are read, its traces are not."""
 
     path: Path
-    kind: Literal["store", "evaluation"]
+    kind: Literal["store", "evaluation", "rollouts"]
     journal: Path | None  # None where only views are there
     views: tuple[Path, ...]  # kept.jsonl and rejected.jsonl, as far as they are there
     decided: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]  # uid: why rejected, flags
@@ -50,16 +52,18 @@ def open_folder(path: Path) -> Folder:
     """Read what says how a folder's traces are to be read.
 
     Raises:
-        UserError: neither a trace store nor an evaluation, or a file of it is damaged.
+        UserError: none of these, or a file of it is damaged.
     """
     manifest = _json(path / MANIFEST) or {}
     if (path / SAMPLES).is_file():
         return Folder(path, "evaluation", path / SAMPLES, (), {}, manifest=manifest, scores=_json(path / SCORES))
+    if (path / ROLLOUTS).is_file():
+        return Folder(path, "rollouts", path / ROLLOUTS, (), {})
     views = tuple(path / name for name in (KEPT, REJECTED) if (path / name).is_file())
     if not views and not (path / JOURNAL).is_file():
         raise UserError(
-            f"{path} is neither a trace store nor an evaluation: it has none of {JOURNAL}, {KEPT}, {REJECTED} and "
-            f"{SAMPLES}; name the --out of generate, filter or eval"
+            f"{path} is neither a trace store nor an evaluation: it has none of {JOURNAL}, {KEPT}, {REJECTED}, "
+            f"{SAMPLES} and {ROLLOUTS}; name the --out of generate, filter, eval or a training by rewards"
         )
     journal = path / JOURNAL if (path / JOURNAL).is_file() else None
     decided = {}
@@ -79,7 +83,7 @@ def read_entries(folder: Folder) -> Iterator[Entry]:
     Raises:
         UserError: a line is damaged (named by number).
     """
-    if folder.kind == "evaluation":
+    if folder.kind != "store":
         assert folder.journal is not None
         yield from map(Entry, read_traces(folder.journal))
     elif folder.journal is not None:
