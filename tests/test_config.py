@@ -148,6 +148,7 @@ def test_what_is_missing_is_named_as_its_flag() -> None:
         (b"a: !!bool maybe", "is not YAML"),
         (b"a: !!python/object:os.system x", "is not YAML"),
         (b"? [1]\n: 2", "is not YAML"),
+        (b"n: 1\nseed: 2\nn: 3", "has the key 'n' twice in one mapping, again in line 3"),
         (b"[" * 5000, "is not YAML"),
     ],
 )

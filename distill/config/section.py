@@ -38,14 +38,32 @@ class Section(BaseModel):
 C = TypeVar("C", bound=Section)
 
 
+class _OneOfEach(yaml.SafeLoader):
+    """Refuses a key that stands in a mapping twice: YAML would keep the last, and the other would be gone unseen."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)  # before `<<` brings in keys that may be beaten
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise yaml.composer.ComposerError(
+                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                )
+            seen.add(name)
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping of a YAML file.
 
     Raises:
-        UserError: no such file, not YAML, or not a mapping.
+        UserError: no such file, not YAML, a key that stands there twice, or not a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _OneOfEach)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror or error}") from error
     except Exception as error:  # PyYAML lets through what its readers raise: ValueError for the date 2026-13-01, ...
