@@ -47,8 +47,8 @@ class _OneOfEach(yaml.SafeLoader):
         for key, _ in node.value:
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
             if name is not None and name in seen:
-                raise yaml.composer.ComposerError(
-                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                raise UserError(
+                    f"has the key {key.value!r} twice in one mapping, again in line {key.start_mark.line + 1}"
                 )
             seen.add(name)
         return node
