@@ -6,7 +6,7 @@ Everything that can be refused about data is refused here, before anything is tr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from distill.progress import say
 from distill.records import Prompt
 from distill.reinforce.experience import Experience
 from distill.reinforce.questions import Questions
-from distill.reinforce.recipes import recipe_of
+from distill.reinforce.recipes import LOSS_OPTIONS, recipe_of
 from distill.reinforce.rewards import Scorer
 from distill.reinforce.setup import Places, Slots, open_experience
 from distill.render import Example
@@ -122,7 +122,7 @@ def questions_to_answer(
     args: Any,
 ) -> Material:
     """Render the questions, and set up who answers and rewards."""
-    recipe = recipe_of(config)
+    recipe = replace(recipe_of(config), **_set_beside(objective))
     questions = Questions(rewarded.prompts, tokenizer, seed=config.seed)
     experience = open_experience(
         config,
@@ -159,6 +159,12 @@ def _rows(config: TrainConfig, model: Any, examples: list[Example], max_length: 
         )
     check_packing(model, max_length)
     return pack(examples, max_length)
+
+
+def _set_beside(objective: Objective) -> dict[str, Any]:
+    """Return what `--set grpo.NAME` says of the recipe's settings: a reference is read where a beta asks for one."""
+    chosen = objective.options.get("grpo", {})
+    return {name: chosen[name] for name in LOSS_OPTIONS if name in chosen}
 
 
 def _rollouts(

@@ -248,6 +248,12 @@ def test_a_teachers_divergence_can_stand_beside_the_reward(tmp_path):
     assert run["ledger"]["tokens"] == run["ledger"]["rollout_tokens"]
 
 
+def test_a_beta_of_the_loss_brings_the_reference(tmp_path):
+    run, _ = train(config(tmp_path, set=["grpo.beta=0.1"], max_steps=1))
+    assert run["metrics"]["reference_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert run["reinforcement"]["beta"] == 0.1
+
+
 def test_lora_reads_its_reference_without_a_second_model(tmp_path):
     run, _ = train(config(tmp_path, beta=0.1, lora_r=4, max_steps=2))
     assert lines(tmp_path / "run")[0]["reference_kl"] == pytest.approx(0.0, abs=1e-6)

@@ -6,8 +6,8 @@ with the others to the same question. Where a question's answers are all worth t
 with `dynamic_sampling` such questions are replaced by the next ones, round by round (DAPO, arXiv 2503.14476, 3.2), each
 round asking as many as the share of useful ones so far makes necessary.
 
-A completion that cannot change the student (advantage 0, and nothing else in the loss looks at it)
-is left out of the batches but not out of the mass, so the gradient is the same and costs less.
+A completion that cannot change the student (advantage 0, and nothing else in the loss looks at it) is left out of the
+batches but not out of the mass, so the gradient is the same and costs less.
 
 Every draw follows from the seed and the question's place in the order, so a resumed run goes on as the uninterrupted
 one. Questions and tokens that are thrown away are counted. The trainer brings models and ranks (`distill.trainer`).
@@ -124,7 +124,7 @@ class Experience:
         if within == 0:
             metrics, counts = self._sample(cycle, number, read, device, reduce)
         rows = self.buffer[within % recipe.updates]
-        kept = [row for row in rows if not (self.alone and recipe.beta == 0 and row.advantage == 0) and not row.masked]
+        kept = [row for row in rows if self._teaches(row)]
         # A step whose completions are all of no use still needs something to run through.
         pieces = np.array_split(np.arange(len(kept)), self.micro_batches)
         batches = []
@@ -135,6 +135,10 @@ class Experience:
             batches.append(batch.to(device))
         divisor = mass(rows, recipe.loss_type, longest=self.rollouts.max_completion_length)
         return Step(batches, divisor, metrics, counts)
+
+    def _teaches(self, row: Row) -> bool:
+        """Whether a row can change the student."""
+        return not row.masked and (row.advantage != 0 or self.recipe.beta > 0 or not self.alone)
 
     # -- sampling
 
@@ -172,7 +176,7 @@ class Experience:
         self.buffer = [[scored[i] for i in part] for part in np.split(order, updates)]
         if self.journal is not None:
             self.journal.write(step + 1, everything, dict(zip(map(id, flat), advantages, strict=True)))
-        return self._metrics(everything, len(useful), device), self._counts(everything, scored, read, device)
+        return self._metrics(everything, len(useful), device), self._counts(everything, scored, device)
 
     def _answers(self, ask: int, device: torch.device) -> list[Written]:
         """Let the student answer the next `ask` questions, and have the answers rewarded."""
@@ -210,20 +214,19 @@ class Experience:
         olds, references = self._asks_old(), self.recipe.beta > 0
         if not (olds or references):
             return rows
-        scored = []
-        for start in range(0, len(rows), self.rows):
-            part = rows[start : start + self.rows]
+        scored = list(rows)
+        places = [place for place, row in enumerate(rows) if self._teaches(row)]
+        for start in range(0, len(places), self.rows):
+            part = [rows[place] for place in places[start : start + self.rows]]
             batch = collate([row.example for row in part], pad_id=self.pad_id).to(device)
             old = read(batch, False).cpu().numpy() if olds else None
             reference = read(batch, True).cpu().numpy() if references else None
-            for place, row in enumerate(part):
-                here = (place, slice(len(row.example)))
-                scored.append(
-                    replace(
-                        row,
-                        old=row.old if old is None else old[here].copy(),
-                        reference=None if reference is None else reference[here].copy(),
-                    )
+            for line, row in enumerate(part):
+                here = (line, slice(len(row.example)))
+                scored[places[start + line]] = replace(
+                    row,
+                    old=row.old if old is None else old[here].copy(),
+                    reference=None if reference is None else reference[here].copy(),
                 )
         return scored
 
@@ -240,22 +243,22 @@ class Experience:
         """Return (2,) sums and counts over all that was sampled, thrown away or not."""
         worth = np.array([written.total for written in everything])
         groups = len(everything) // self.recipe.num_generations
-        spread = np.nanstd(worth.reshape(groups, -1), axis=1) if not np.isnan(worth).all() else np.zeros(groups)
+        known = ~np.isnan(worth).reshape(groups, -1)
+        centred = group_advantages(worth, self.recipe.num_generations, scale="none").reshape(groups, -1)
+        spread = np.sqrt((centred**2).sum(1) / np.maximum(known.sum(1), 1))
         pairs: dict[str, tuple[float, int]] = {
             "reward": (float(np.nansum(worth)), int(np.count_nonzero(~np.isnan(worth)))),
-            "reward_std": (float(np.nansum(spread)), groups),
+            "reward_std": (float(spread.sum()), int(known.any(1).sum())),
             "groups_without_signal": (groups - useful, groups),
             "completion_length": (sum(len(written.draft.ids) for written in everything), len(everything)),
             "truncated": (sum(not written.draft.ended for written in everything), len(everything)),
         }
         for column, name in enumerate(self.scorer.weights):
-            known = [value for written in everything if (value := written.rewards[column].value) is not None]
-            pairs[f"rewards/{name}"] = (sum(known), len(known))
+            values = [value for written in everything if (value := written.rewards[column].value) is not None]
+            pairs[f"rewards/{name}"] = (sum(values), len(values))
         return {name: torch.tensor(pair, dtype=torch.float64, device=device) for name, pair in pairs.items()}
 
-    def _counts(
-        self, everything: Sequence[Written], rows: Sequence[Row], read: Read, device: torch.device
-    ) -> dict[str, Tensor]:
+    def _counts(self, everything: Sequence[Written], rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
         lengths = np.array([len(w.draft.prompt) + len(w.draft.ids) for w in everything], dtype=np.float64)
         counts = {
             "rollout_tokens": lengths.sum(),
@@ -266,7 +269,7 @@ class Experience:
         self.called = self.scorer.calls
         passes = int(self._asks_old()) + int(self.recipe.beta > 0)
         if passes:
-            trained = np.array([len(row.example) for row in rows], dtype=np.float64)
+            trained = np.array([len(row.example) for row in rows if self._teaches(row)], dtype=np.float64)
             counts |= {"read_tokens": passes * trained.sum(), "read_squares": passes * (trained**2).sum()}
         return {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in counts.items()}
 
