@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distill.statistics import (
@@ -49,6 +49,7 @@ def test_t_quantiles_are_the_tables() -> None:
         assert student_t_quantile(p, 2) == pytest.approx((2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p))), rel=1e-9)
 
 
+@example(0.9921875, 10001.0)
 @given(st.floats(0.51, 0.9999), st.floats(1, 2e4))
 def test_t_tails_invert_the_quantiles(probability: float, degrees: float) -> None:
     value = float(student_t_quantile(probability, degrees))

@@ -45,7 +45,9 @@ def student_t_quantile(probability: ArrayLike, degrees: ArrayLike) -> Floats:
 def student_t_tail(value: float, degrees: float) -> float:
     """Return the chance that Student's t with `degrees` >= 1 is above `value` >= 0."""
     if degrees > NEARLY_NORMAL:
-        return 0.5 * math.erfc(value / math.sqrt(2))
+        # Abramowitz and Stegun, 26.7.8: the normal value that lies as far out.
+        normal = value * (1 - 1 / (4 * degrees)) / math.sqrt(1 + value * value / (2 * degrees))
+        return 0.5 * math.erfc(normal / math.sqrt(2))
     v, angle = np.asarray(float(degrees)), np.asarray(math.atan(value / math.sqrt(degrees)))
     return float(_scale(v) * _mass(angle, np.asarray(math.pi / 2), v))
 
